@@ -1,0 +1,1 @@
+"""Kernel families that ship with ktcompile: one a file, found through entry points like anybody's."""

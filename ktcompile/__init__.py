@@ -1,0 +1,59 @@
+"""ktcompile: run giant mixture-of-experts models on one machine, compiled by small graph passes."""
+
+from pkgutil import extend_path as _extend_path
+
+__path__ = _extend_path(__path__, __name__)  # repository root as cwd + a wheel: find the compiled extension
+from ktcompile.version import __version__
+
+from ktcompile.errors import CapacityError, KernelError, KtransError, ModelFileError, PassError, RulesError
+from ktcompile.graph import (
+    Region,
+    copies,
+    device_of,
+    fold,
+    insert_copy,
+    is_copy,
+    is_scalar,
+    prune,
+    regions,
+    value_of,
+)
+from ktcompile.kernel import Call, Cost, Kernel, Packed, Parts
+from ktcompile.ops import BY_NAME as OPS
+from ktcompile.ops import bind
+from ktcompile.pipeline import Context, OptionError, Pass, Pipeline, load_rules
+from ktcompile.target import Device, Link, Target
+
+__all__ = [
+    "OPS",
+    "Call",
+    "CapacityError",
+    "Context",
+    "Cost",
+    "Device",
+    "Kernel",
+    "KernelError",
+    "KtransError",
+    "Link",
+    "ModelFileError",
+    "OptionError",
+    "Packed",
+    "Parts",
+    "Pass",
+    "PassError",
+    "Pipeline",
+    "Region",
+    "RulesError",
+    "Target",
+    "bind",
+    "copies",
+    "device_of",
+    "fold",
+    "insert_copy",
+    "is_copy",
+    "is_scalar",
+    "load_rules",
+    "prune",
+    "regions",
+    "value_of",
+]

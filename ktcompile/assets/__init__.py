@@ -1,0 +1,1 @@
+"""Package data: the embedded model, a tiny DeepSeek-V3 quantised by llama.cpp."""

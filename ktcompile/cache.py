@@ -1,0 +1,212 @@
+"""PagedCache: a transformers Cache over pages, ragged or rectangular. Rows are latents (MLA) or keys and values (GQA)."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ktcompile.errors import CapacityError
+from ktcompile.ops.base import LIBRARY
+
+PAGE = 16
+"""Tokens a page."""
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """What one token stores in one layer: `heads` times `first` values, then `heads` times `second`.
+
+    Latent (MLA): 1 head, the normalised latent and the rotated key. Keys and values (GQA): one of each a head.
+    """
+
+    name: str
+    heads: int
+    first: int
+    second: int
+
+    @property
+    def width(self) -> int:
+        return self.heads * (self.first + self.second)
+
+
+def row_layout(config: PretrainedConfig) -> RowLayout:
+    """The row that a model of this configuration stores a token and layer."""
+    if getattr(config, "kv_lora_rank", None):
+        return RowLayout("latent", 1, config.kv_lora_rank, config.qk_rope_head_dim)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return RowLayout("keys/values", config.num_key_value_heads, dim, dim)
+
+
+# ------------------------------------------------------------------------------------------------ torch ops
+
+def slots(page_table: Tensor, seq_len: Tensor, query_start: Tensor, tokens: int, page: int) -> Tensor:
+    """Where each of `tokens` new rows goes in a pool, `[tokens]`: its request's page, and the place in it."""
+    row = torch.arange(tokens, device=page_table.device)
+    request = torch.searchsorted(query_start[1:].contiguous(), row, right=True)
+    position = seq_len[request] + row - query_start[request]
+    return page_table[request, position // page].long() * page + position % page
+
+
+def _append(pool: Tensor, page_table: Tensor, seq_len: Tensor, query_start: Tensor, first: Tensor, second: Tensor) -> None:
+    rows = torch.cat([x.transpose(1, 2).flatten(2) for x in (first, second)], -1).flatten(0, 1)  # [B S, width]
+    at = slots(page_table, seq_len, query_start, rows.shape[0], pool.shape[1])
+    pool.view(-1, pool.shape[-1])[at] = rows.to(pool.dtype)
+
+
+def _gather(pool: Tensor, page_table: Tensor, heads: int, first: int, second: int, ragged: bool) -> tuple[Tensor, Tensor]:
+    rows = pool[page_table.long()]  # [R, P, page, width]
+    batch = 1 if ragged else page_table.shape[0]
+    split = rows.reshape(batch, -1, rows.shape[-1]).split([heads * first, heads * second], -1)
+    return tuple(x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous() for x in split)  # type: ignore[return-value]
+
+
+def _gather_fake(pool: Tensor, page_table: Tensor, heads: int, first: int, second: int, ragged: bool,
+                 ) -> tuple[Tensor, Tensor]:
+    length = page_table.shape[1] * pool.shape[1]
+    batch, length = (1, page_table.shape[0] * length) if ragged else (page_table.shape[0], length)
+    return pool.new_empty(batch, heads, length, first), pool.new_empty(batch, heads, length, second)
+
+
+def _mask(page_table: Tensor, seq_len: Tensor, query_start: Tensor, positions: Tensor, page: int) -> Tensor:
+    requests, width = page_table.shape[0], page_table.shape[1] * page
+    tokens = positions.shape[-1]
+    row = torch.arange(tokens, device=page_table.device)
+    request = torch.searchsorted(query_start[1:].contiguous(), row, right=True)  # [T]
+    last = seq_len[request] + row - query_start[request]
+    column = torch.arange(requests * width, device=page_table.device)
+    same = (column // width) == request[:, None]
+    return (same & (column % width <= last[:, None]))[None, None]  # [1, 1, T, R P page]
+
+
+def _mask_fake(page_table: Tensor, seq_len: Tensor, query_start: Tensor, positions: Tensor, page: int) -> Tensor:
+    columns = page_table.shape[0] * page_table.shape[1] * page
+    return page_table.new_empty(1, 1, positions.shape[-1], columns, dtype=torch.bool)
+
+
+for _signature, _impl, _fake in (
+    ("cache_append(Tensor(a!) pool, Tensor page_table, Tensor seq_len, Tensor query_start, Tensor first, Tensor second)"
+     " -> ()", _append, lambda *_: None),
+    ("cache_gather(Tensor pool, Tensor page_table, int heads, int first, int second, bool ragged) -> (Tensor, Tensor)",
+     _gather, _gather_fake),
+    ("ragged_mask(Tensor page_table, Tensor seq_len, Tensor query_start, Tensor positions, int page) -> Tensor",
+     _mask, _mask_fake),
+):
+    _name = _signature.split("(")[0]
+    LIBRARY.define(_signature)
+    LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ktrans::{_name}", _fake, lib=LIBRARY)
+
+
+# ------------------------------------------------------------------------------------------------ the cache
+
+class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's pool `[pages, page, width]`; pages, lengths and mode are the owner's."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, owner: "PagedCache", pool: Tensor, last: bool) -> None:
+        super().__init__()
+        self.owner, self.pool, self.last = owner, pool, last
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the pool exists from the start."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new rows and return all: `[B, heads, capacity, dim]` each, or `[1, heads, R * capacity, dim]` if ragged."""
+        owner, row = self.owner, self.owner.row
+        start = owner.query_start
+        if not owner.ragged:
+            count = key_states.shape[2]
+            start = torch.arange(0, (owner.requests + 1) * count, count, device=self.pool.device)
+        torch.ops.ktrans.cache_append(self.pool, owner.page_table, owner.seq_len, start, key_states, value_states)
+        keys, values = torch.ops.ktrans.cache_gather(self.pool, owner.page_table, row.heads, row.first, row.second,
+                                                     owner.ragged)
+        if self.last and not owner.ragged:
+            owner.seq_len.add_(key_states.shape[2])
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.page_table.shape[1] * self.pool.shape[1], 0
+
+    def get_seq_length(self) -> Any:
+        return self.owner.columns if self.owner.ragged else self.owner.seq_len[0]
+
+    def get_max_length(self) -> int:
+        return self.owner.context
+
+    def reset(self) -> None:
+        self.owner.clear()
+
+
+class PagedCache(Cache):  # type: ignore[misc]
+    """Keys and values (or latents) of several requests in pages of 16 tokens.
+
+    Rectangular (as any Hugging Face model uses it): `[B, S]` ids with B = `requests`; every row grows by S a step.
+    Ragged (`ragged=True`; what `ktcompile.load` runs): ids `[1, T]`, the tokens of request r are
+    `query_start[r]:query_start[r + 1]`; call `begin(counts)` before a step and `advance()` after it.
+
+    `context` is the most tokens a request may hold. Memory is `requests * context` tokens, all of it allocated at once.
+    Raises CapacityError when a request outgrows it.
+    """
+
+    def __init__(self, config: PretrainedConfig, *, requests: int = 1, context: int = 4096,
+                 dtype: torch.dtype = torch.float32, device: torch.device | str | Sequence[torch.device | str] = "cpu",
+                 ragged: bool = False) -> None:
+        count = config.num_hidden_layers
+        devices = [device] * count if isinstance(device, (str, torch.device)) else list(device)
+        self.requests, self.ragged, self.row = requests, ragged, row_layout(config)
+        self.pages_each = -(-context // PAGE)
+        self.context = self.pages_each * PAGE
+        self.columns = 0
+        self.lengths = [0] * requests
+        self.counts = [0] * requests
+        main = devices[0]
+        # Pages of a request are scattered on purpose: nothing may rely on their order.
+        table = torch.arange(requests * self.pages_each, device=main).view(self.pages_each, requests).T.contiguous()
+        self.all_pages = table
+        self.page_table = table
+        self.seq_len = torch.zeros(requests, dtype=torch.int64, device=main)
+        self.query_start = torch.zeros(requests + 1, dtype=torch.int64, device=main)
+        pools = [torch.zeros(requests * self.pages_each, PAGE, self.row.width, dtype=dtype, device=d) for d in devices]
+        super().__init__(layers=[_PagedLayer(self, pool, i == count - 1) for i, pool in enumerate(pools)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pools."""
+        return sum(layer.pool.nbytes for layer in self.layers)
+
+    def begin(self, counts: Sequence[int]) -> None:
+        """Announce that request r brings `counts[r]` tokens; the page table is cut to the pages in use."""
+        for request, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
+            if length + count > self.context:
+                raise CapacityError(f"request {request} has {length} tokens and brings {count}; the cache holds "
+                                    f"{self.context} a request. Load with a larger context, or start a new conversation")
+        self.counts = list(counts)
+        longest = max(n + c for n, c in zip(self.lengths, counts, strict=True))
+        self.page_table = self.all_pages[:, :max(1, -(-longest // PAGE))]
+        starts = [0]
+        for count in counts:
+            starts.append(starts[-1] + count)
+        self.seq_len.copy_(torch.tensor(self.lengths))
+        self.query_start.copy_(torch.tensor(starts))
+
+    def advance(self) -> None:
+        """The announced tokens are stored."""
+        self.lengths = [n + c for n, c in zip(self.lengths, self.counts, strict=True)]
+
+    def clear(self) -> None:
+        """Forget every token; memory stays."""
+        self.lengths = [0] * self.requests
+        self.columns = 0
+        self.seq_len.zero_()
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens of every request from position `length` on."""
+        self.lengths = [min(n, length) for n in self.lengths]
+        self.columns = min(self.columns, length)
+        self.seq_len.clamp_(max=length)

@@ -1,0 +1,103 @@
+"""The backend of `torch.compile(model, backend="ktrans")`, found by name through an entry point."""
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ktcompile.capture import annotate, annotate_weights, graph_limit
+from ktcompile.errors import KtransError, RulesError
+from ktcompile.kernel import available
+from ktcompile.load import pipeline_for, run_pipeline, settings_of
+from ktcompile.pipeline import near
+from ktcompile.plan import Plan
+from ktcompile.runtime import BorrowedStore, lower_borrowed
+from ktcompile.target import Target, detect
+
+OPTIONS = ("rules", "experts", "ranking", "target", "name")
+"""What `options=` may hold: a rules file, experts to keep and their ranking, a Target, a name for the page."""
+
+
+@dataclass
+class _Compiled:
+    """What all graphs of one configuration share: packed weights, and the plans so far."""
+
+    target: Target
+    store: BorrowedStore
+    plans: list[Plan] = field(default_factory=list)
+    by_code: dict[str, int] = field(default_factory=dict)
+
+
+_COMPILED: dict[tuple[Any, ...], _Compiled] = {}  # registration with torch: dynamo calls the backend a graph at a time
+
+
+def plans() -> list[Plan]:
+    """The plan of every graph compiled so far in this process, oldest first."""
+    return [plan for compiled in _COMPILED.values() for plan in compiled.plans]
+
+
+def reset() -> None:
+    """Forget all plans and packed weights; use it with `torch.compiler.reset()`."""
+    _COMPILED.clear()
+
+
+def ktrans(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
+           options: Mapping[str, Any] | None = None, **_: Any) -> Callable[..., Any]:
+    """Compile one dynamo graph: fold, place, copy, choose kernels, and run with the model's own parameters.
+
+    Raises RulesError for options that do not fit, KtransError before dynamo would fall back to eager in silence.
+    """
+    given = dict(options or {})
+    if unknown := [k for k in given if k not in OPTIONS]:
+        raise RulesError(f"torch.compile(backend='ktrans', options=...): no option {unknown[0]!r}; {near(unknown[0], OPTIONS)}")
+    compiled = _shared(given)
+    annotate(gm)
+    annotate_weights(gm, None)
+    if not any(n.meta["stack"] for n in gm.graph.nodes):
+        return gm.forward  # no module was called: nothing to place
+    _count(compiled, gm)
+    pipeline = pipeline_for(None, given.get("rules"), given.get("experts"), given.get("ranking"))
+    settings = settings_of(compiled.target, pipeline)
+    tokens = _tokens(gm)
+    folded, (plan,) = run_pipeline(gm, settings, str(given.get("name", _model_name(gm))),
+                                   "decode" if tokens == 1 else "prefill", tokens)
+    compiled.plans.append(plan)
+    return lower_borrowed(folded, plan, compiled.store).flat
+
+
+def _shared(options: Mapping[str, Any]) -> _Compiled:
+    target = options.get("target")
+    if target is not None and not isinstance(target, Target):
+        raise RulesError(f"option target is a {type(target).__name__}; wanted a ktcompile.Target")
+    key = tuple((k, str(options[k])) for k in sorted(options))
+    if key not in _COMPILED:
+        real = target or detect()
+        _COMPILED[key] = _Compiled(real, BorrowedStore(real, available()))
+    return _COMPILED[key]
+
+
+def _count(compiled: _Compiled, gm: fx.GraphModule) -> None:
+    """Raise where the next recompilation would exceed dynamo's limit, after which it runs the model eagerly."""
+    weights = [n.meta["weight"] for n in gm.graph.nodes if "weight" in n.meta]
+    code = "\n".join(weights)
+    compiled.by_code[code] = compiled.by_code.get(code, 0) + 1
+    if compiled.by_code[code] > max(6, graph_limit() - 1):
+        raise KtransError(
+            f"this model was compiled {compiled.by_code[code]} times; torch's limit is {graph_limit()}, and past it dynamo runs "
+            "the model eagerly without a word. Shapes that change cause it: pass a StaticCache of one size, or use ktcompile.load, "
+            "which needs two graphs for all shapes")
+
+
+def _tokens(gm: fx.GraphModule) -> int:
+    """Tokens a step: the second axis of the token ids, 512 where it is symbolic."""
+    for node in gm.graph.nodes:
+        value = node.meta["val"]
+        if node.op == "placeholder" and "input" in node.meta and isinstance(value, torch.Tensor) and value.dim() == 2 \
+                and value.dtype in (torch.int64, torch.int32):
+            return int(value.shape[1]) if isinstance(value.shape[1], int) else 512
+    return 512
+
+
+def _model_name(gm: fx.GraphModule) -> str:
+    return next((n.meta["stack"][0][1] for n in gm.graph.nodes if n.meta["stack"]), "model")

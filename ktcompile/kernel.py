@@ -1,0 +1,134 @@
+"""Kernels: who can run a region, at what cost, and why not."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+import sympy
+from torch import Tensor
+
+from ktcompile.errors import KernelError
+from ktcompile.graph import Region
+from ktcompile.target import Target
+from ktcompile.weights import WeightSource
+
+TOKENS, CONTEXT = sympy.symbols("T S", positive=True)
+"""The symbols of every cost: tokens in this step, and tokens of context."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one call: bytes of weights and cache read, floating-point operations. Expressions in T and S."""
+
+    nbytes: sympy.Expr
+    flops: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights in the form that one kernel reads, on one device. `nbytes` counts every tensor."""
+
+    layout: str
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    shape: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A region's weights as `pack` reads them: where each one is stored, by its name inside the module."""
+
+    source: WeightSource
+    keys: Mapping[str, str]
+
+    def __getitem__(self, leaf: str) -> str:
+        return self.keys[leaf]
+
+
+class Kernel(ABC):
+    """Runs one op on one kind of device, from weights that it packed once. Holds no weights itself."""
+
+    name: ClassVar[str]
+    op: ClassVar[str]  # "*": every op
+    device: ClassVar[str]  # kind: "cpu", "cuda", "*"
+    layout: ClassVar[str]
+
+    @abstractmethod
+    def refuses(self, region: Region, target: Target) -> str | None:
+        """None: I take it; text: why not."""
+
+    @abstractmethod
+    def packed_bytes(self, region: Region) -> int:
+        """Bytes that `pack` will need, known before a weight is read."""
+
+    @abstractmethod
+    def cost(self, region: Region, target: Target) -> Cost:
+        """What one call reads and computes."""
+
+    @abstractmethod
+    def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
+        """Read the weights from their source, once, straight into `layout` on the region's home."""
+
+    @abstractmethod
+    def __call__(self, packed: Packed, region: "Call", *inputs: Any) -> Any:
+        """Run the region. `inputs` are the op's roles in order; the captured body's inputs for op `*`."""
+
+    def missing(self) -> str | None:
+        """None: it can run on this machine; text: what is missing and how to get it."""
+        return None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a kernel may know of a region when it runs: no graph, only code and attributes."""
+
+    path: str
+    shape: Any
+    body: Any
+    leaves: tuple[str, ...]
+
+
+def available() -> dict[str, Kernel]:
+    """Every registered kernel by name, ours and plugins', in the order of their names."""
+    found: dict[str, Kernel] = {}
+    for point in sorted(entry_points(group="ktcompile.kernels"), key=lambda e: e.name):
+        try:
+            kernel = point.load()()
+        except Exception as error:
+            raise KernelError(f"kernel {point.name!r} ({point.value}) cannot be loaded: {error}") from error
+        found[point.name] = kernel
+    return found
+
+
+def refusal(kernel: Kernel, region: Region, target: Target) -> str | None:
+    """Why `kernel` cannot run `region` where it is placed, or None."""
+    if kernel.op not in ("*", region.op):
+        return f"is for {kernel.op}"
+    kind = target[region.device or target.main.name].kind
+    if kernel.device not in ("*", kind):
+        return f"runs on {kernel.device}, the region is on {region.device}"
+    if kernel.op != "*" and region.binding is None:
+        return "the region keeps its captured body"
+    return kernel.refuses(region, target)
+
+
+def choose(
+    region: Region,
+    wanted: Iterable[str],
+    target: Target,
+    kernels: Mapping[str, Kernel],
+) -> tuple[Kernel | None, list[tuple[str, str]]]:
+    """The first of the `wanted` kernels that takes the region, and (kernel, why not) of those before it."""
+    refused = []
+    for name in wanted:
+        kernel = kernels[name]
+        why = refusal(kernel, region, target)
+        if why is None:
+            return kernel, refused
+        refused.append((name, why))
+    return None, refused

@@ -1,0 +1,267 @@
+"""From a model file to a compiled model, and to its plan without one."""
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ktcompile.cache import PAGE, PagedCache
+from ktcompile.capture import annotate_weights, capture, empty_model
+from ktcompile.checkpoint import Checkpoint, open_checkpoint
+from ktcompile.errors import KtransError, RulesError
+from ktcompile.graph import regions, short
+from ktcompile.kernel import available as available_kernels
+from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_pass, near, shipped
+from ktcompile.pipeline import available as available_passes
+from ktcompile.plan import Plan, make_plan
+from ktcompile.runtime import Executable, Progress, Store, check_one_layout, lower
+from ktcompile.target import Target, detect
+from ktcompile.weights import ModuleSource
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("decode", "prefill")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+_FAMILIES = {"deepseek_v3": "deepseek-v3", "deepseek_v2": "deepseek-v3", "kimi_k2": "deepseek-v3"}
+
+
+def default_rules(config: PretrainedConfig) -> str:
+    """Name of the shipped rules for a model of this configuration."""
+    name = _FAMILIES.get(config.model_type, "base")
+    return name if name in shipped() else "base"
+
+
+def pipeline_for(config: PretrainedConfig | None, rules: str | Path | None = None, experts: int | None = None,
+                 ranking: str | None = None) -> Pipeline:
+    """The pipeline to run: the rules file, or the family's, with `prune-experts` if fewer `experts` are asked for."""
+    pipeline = load_rules(rules or (default_rules(config) if config else "base"))
+    if experts is None:
+        return pipeline
+    values = {"keep": experts} | ({"ranking": ranking} if ranking else {})
+    return pipeline.with_pass(make_pass(available_passes()["prune-experts"], values, "--experts"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model is compiled for. `context`: most tokens a request may hold."""
+
+    target: Target
+    pipeline: Pipeline
+    dtype: torch.dtype
+    context: int
+
+
+def settings_for(checkpoint: Checkpoint, *, rules: str | Path | None = None, experts: int | None = None,
+                 ranking: str | None = None, target: Target | None = None, dtype: str | None = None,
+                 context: int | None = None) -> Settings:
+    """Defaults for everything not said: this machine, the family's rules, fp32 on a CPU and bf16 on a GPU, 4096 tokens."""
+    target = target or detect()
+    name = dtype or ("bf16" if target.main.kind == "cuda" else "fp32")
+    if name not in DTYPES:
+        raise RulesError(f"no compute type {name!r}; {near(name, DTYPES)}")
+    longest = int(getattr(checkpoint.config, "max_position_embeddings", 4096))
+    context = min(4096, longest) if context is None else context
+    if not 1 <= context <= longest:
+        raise RulesError(f"context {context}: this model was made for 1 to {longest} tokens")
+    return Settings(target, pipeline_for(checkpoint.config, rules, experts, ranking), DTYPES[name], context)
+
+
+def settings_of(target: Target, pipeline: Pipeline) -> Settings:
+    """Settings for a model that brings its own parameters and cache."""
+    return Settings(target, pipeline, torch.float32, 0)
+
+
+# ------------------------------------------------------------------------------------------------ plans
+
+def _step(model: PreTrainedModel, ids: Tensor, positions: Tensor, cache: PagedCache, keep: Tensor) -> Tensor:
+    """What is captured: ragged ids `[1, T]`, explicit positions, `keep` the rows whose logits are wanted."""
+    mask = torch.ops.ktrans.ragged_mask(cache.page_table, cache.seq_len, cache.query_start, positions, PAGE)
+    logits: Tensor = model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache,
+                           use_cache=True, logits_to_keep=keep).logits
+    return logits
+
+
+def capture_phase(model: PreTrainedModel, phase: Phase, settings: Settings, checkpoint: Checkpoint) -> fx.GraphModule:
+    """The annotated graph of one step: decode is one token of one request, prefill any tokens of any requests."""
+    requests, tokens = (1, 1) if phase == "decode" else (2, 5)
+    with torch.device("cpu"):
+        cache = PagedCache(model.config, requests=requests, context=settings.context, dtype=settings.dtype, ragged=True)
+        cache.begin([tokens // requests + (r < tokens % requests) for r in range(requests)])
+        if cache.page_table.shape[1] == 1:  # dynamo takes a size of one for a constant
+            cache.page_table = torch.zeros(requests, 2, dtype=torch.int64)
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        positions = torch.zeros(1, tokens, dtype=torch.int64)
+        keep = torch.zeros(requests, dtype=torch.int64)
+    dynamic: list[tuple[Tensor, int]] = [(cache.page_table, 1)]
+    if phase == "prefill":
+        dynamic += [(cache.page_table, 0), (cache.seq_len, 0), (cache.query_start, 0), (ids, 1), (positions, 1), (keep, 0)]
+    gm = capture(_step, (model, ids, positions, cache, keep), dynamic)
+    known = [k for k, _ in model.named_buffers() if k.rsplit(".", 1)[-1].endswith("inv_freq")]
+    annotate_weights(gm, checkpoint.source, known)
+    return gm
+
+
+def _told(notes: Iterable[Note]) -> list[tuple[str, str, str]]:
+    return [(n.by, short(n.path), n.why) for n in notes]
+
+
+def run_pipeline(gm: fx.GraphModule, settings: Settings, name: str, phase: Phase, tokens: int, *, every: bool = False,
+                 source: Any = None) -> tuple[fx.GraphModule, list[Plan]]:
+    """Run the passes; the plans after each pass if `every`, else the last one alone."""
+    ctx = Context(settings.target, source)
+    plans: list[Plan] = []
+    kernels = available_kernels()
+    last = settings.pipeline.passes[-1].name
+
+    def observe(p: Pass, graph: fx.GraphModule, told: Sequence[Note]) -> None:
+        if not (every or p.name == last) or not any(regions(graph)):
+            return
+        notes = _told(told if every and p.name != last else ctx.notes)
+        plans.append(make_plan(graph, settings.target, model=name, phase=phase, tokens=tokens, context=settings.context,
+                               after=p.name, notes=notes, kernels=kernels))
+
+    return settings.pipeline.run(gm, ctx, observe), plans
+
+
+def explain(checkpoint: Checkpoint, settings: Settings, phase: Phase = "decode", tokens: int | None = None) -> list[Plan]:
+    """The plan after each pass, the last one last. Reads no weight."""
+    model = empty_model(checkpoint.config, settings.dtype)
+    gm = capture_phase(model, phase, settings, checkpoint)
+    count = tokens or (1 if phase == "decode" else 512)
+    _, plans = run_pipeline(gm, settings, checkpoint.name, phase, count, every=True)
+    return plans
+
+
+# ------------------------------------------------------------------------------------------------ load
+
+class _Forward:
+    """The forward of a loaded model: rectangular Hugging Face arguments in, ragged steps of the two executables out."""
+
+    def __init__(self, config: PretrainedConfig, settings: Settings, phases: Mapping[Phase, Executable],
+                 pool_devices: Sequence[torch.device]) -> None:
+        self.config, self.settings, self.phases, self.pool_devices = config, settings, phases, pool_devices
+
+    def new_cache(self, requests: int = 1) -> PagedCache:
+        """An empty ragged cache for `requests` requests of up to `context` tokens each."""
+        return PagedCache(self.config, requests=requests, context=self.settings.context, dtype=self.settings.dtype,
+                          device=self.pool_devices, ragged=True)
+
+    def step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
+        """Logits `[len(keep), vocabulary]` of the rows `keep` of one ragged step: ids and positions `[T]`, counts a request."""
+        cache.begin(counts)
+        decode = len(counts) == 1 and ids.numel() == 1 and keep.numel() == 1
+        values = {"ids": ids[None], "positions": positions[None], "keep": keep, "cache.page_table": cache.page_table,
+                  "cache.seq_len": cache.seq_len, "cache.query_start": cache.query_start}
+        values.update({f"cache.layers.{i}.pool": layer.pool for i, layer in enumerate(cache.layers)})
+        (logits,) = self.phases["decode" if decode else "prefill"](values)
+        cache.advance()
+        return logits[0]  # type: ignore[no-any-return]
+
+    def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                 position_ids: Tensor | None = None, past_key_values: Cache | None = None, use_cache: bool | None = None,
+                 logits_to_keep: int | Tensor = 0, **unknown: Any) -> CausalLMOutputWithPast:
+        asked = sorted(k for k, v in unknown.items() if v not in (None, False) and k not in ("return_dict", "cache_position"))
+        if input_ids is None or asked:
+            raise KtransError(f"a compiled model takes input_ids, attention_mask, position_ids, past_key_values, use_cache "
+                              f"and logits_to_keep; got {', '.join(asked) or 'no input_ids'}")
+        batch, width = input_ids.shape
+        cache = self._cache(past_key_values, batch)
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise KtransError(f"attention_mask must be [batch, tokens], not {list(attention_mask.shape)}: a compiled "
+                                  "model makes its own causal mask")
+            real = attention_mask[:, -width:].bool()
+        counts = [int(c) for c in real.sum(1)]
+        row = torch.full_like(input_ids, 0)  # [B, S] -> ragged row; padding reads row 0, its logits mean nothing
+        row[real] = torch.arange(sum(counts), device=row.device)
+        if position_ids is not None:
+            positions = position_ids.expand(batch, width)[real]
+        else:
+            positions = torch.cat([n + torch.arange(c) for n, c in zip(cache.lengths, counts, strict=True)])
+        wanted = row[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else row[:, logits_to_keep]
+        logits = self.step(input_ids[real], positions, counts, wanted.reshape(-1), cache)
+        cache.columns += width
+        return CausalLMOutputWithPast(logits=logits.unflatten(0, wanted.shape).clone(),
+                                      past_key_values=None if use_cache is False else cache)
+
+    def _cache(self, given: Cache | None, batch: int) -> PagedCache:
+        if isinstance(given, PagedCache) and given.ragged:
+            if given.requests != batch:
+                raise KtransError(f"the cache holds {given.requests} requests, the input has {batch} rows")
+            return given
+        if given is not None and int(given.get_seq_length()) > 0:
+            raise KtransError(f"a compiled model keeps its context in a ragged PagedCache, not in a {type(given).__name__}; "
+                              "pass model.new_cache(batch), or none")
+        return self.new_cache(batch)
+
+
+def load(model: str | Path | Checkpoint | None = None, *, gguf: str | Path | None = None, rules: str | Path | None = None,
+         experts: int | None = None, ranking: str | None = None, target: Target | None = None, dtype: str | None = None,
+         context: int | None = None, progress: Progress | None = None) -> PreTrainedModel:
+    """A compiled Hugging Face model: call it, or `generate` with it.
+
+    `model`: a GGUF file, a folder, or None for the embedded tiny one; `gguf`: weights for a folder. `experts`: keep that
+    many of the router's top-k (lossy). Besides the usual methods it has `plans` (by phase), `step` and `new_cache`.
+    Raises ModelFileError, RulesError, CapacityError.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, gguf)
+    if checkpoint.source is None:
+        raise RulesError(f"{checkpoint.path} has a configuration and no weights: it can be explained, not run")
+    settings = settings_for(checkpoint, rules=rules, experts=experts, ranking=ranking, target=target, dtype=dtype,
+                            context=context)
+    hollow = empty_model(checkpoint.config, settings.dtype)
+    graphs: dict[Phase, fx.GraphModule] = {}
+    plans: dict[Phase, Plan] = {}
+    for phase in PHASES:
+        gm = capture_phase(hollow, phase, settings, checkpoint)
+        graphs[phase], (plans[phase],) = run_pipeline(gm, settings, checkpoint.name, phase, 1 if phase == "decode" else 512)
+    check_one_layout(list(graphs.values()))
+    source = _WithTables(checkpoint.source, dict(hollow.named_buffers()))
+    store = Store(source, settings.target, available_kernels())
+    phases = {phase: lower(graphs[phase], plans[phase], store, progress if i == 0 else None)
+              for i, phase in enumerate(PHASES)}
+    forward = _Forward(checkpoint.config, settings, phases, _pool_devices(graphs["decode"], settings.target))
+    hollow.forward = torch.compiler.disable(forward.__call__)
+    hollow.plans, hollow.step, hollow.new_cache, hollow.store = plans, forward.step, forward.new_cache, store
+    hollow.generation_config = checkpoint.generation
+    return hollow
+
+
+def _pool_devices(gm: fx.GraphModule, target: Target) -> list[torch.device]:
+    pools = {n.meta["input"]: n.meta["device"] for n in gm.graph.nodes if n.op == "placeholder" and n.meta.get("state")}
+    ordered = sorted(pools, key=lambda name: int(name.split(".")[2]))
+    return [target[pools[name]].torch for name in ordered]
+
+
+class _WithTables:
+    """A WeightSource plus what the model computed itself (rotary tables)."""
+
+    def __init__(self, source: Any, tables: Mapping[str, Tensor]) -> None:
+        self.source = source
+        have = set(source.keys())
+        self.tables = ModuleSource({k: v for k, v in tables.items() if k not in have})
+
+    def _of(self, key: str) -> Any:
+        return self.tables if key in self.tables.keys() else self.source
+
+    def keys(self) -> Iterable[str]:
+        return [*self.source.keys(), *self.tables.keys()]
+
+    def spec(self, key: str) -> Any:
+        return self._of(key).spec(key)
+
+    def parts(self, key: str) -> Any:
+        return self._of(key).parts(key)
+
+    def read(self, part: Any) -> Tensor:
+        return self._of(part.name).read(part)  # type: ignore[no-any-return]
+
+    def read_scale(self, part: Any) -> Tensor | None:
+        return self._of(part.name).read_scale(part)  # type: ignore[no-any-return]

@@ -1,0 +1,87 @@
+"""moe: the routed experts of a mixture-of-experts layer.
+
+    y[t] = sum_j scores[t, j] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])),  e = ids[t, j]
+
+Weights are fused as Hugging Face holds them: `gate_up_proj [E, 2 I, H]`, gate first, and `down_proj [E, H, I]`.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from ktcompile.graph import Site, value_of
+from ktcompile.ops.base import LIBRARY, Binding, Bound, Op, activation_of, calls, roles_of
+
+ACTIVATIONS = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """Attributes of a layer's routed experts; sizes in elements."""
+
+    experts: int
+    hidden: int
+    width: int
+    top_k: int
+    activation: str
+
+
+def moe(x: Tensor, ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """The definition. `x [..., H]`, `ids` and `scores [T, k]`; weights in any float type; returns `x`'s shape and type."""
+    rows = x.reshape(-1, x.shape[-1])  # [T, H]
+    act = ACTIVATIONS[activation]
+    out = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
+    for expert in ids.unique().tolist():
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        gate, up = functional.linear(rows[token], gate_up[expert].to(x.dtype)).chunk(2, -1)
+        value = functional.linear(act(gate) * up, down[expert].to(x.dtype))
+        out.index_add_(0, token, (value * scores[token, slot, None]).float())
+    return out.to(x.dtype).view(x.shape)
+
+
+LIBRARY.define("moe(Tensor x, Tensor ids, Tensor scores, Tensor gate_up, Tensor down, str activation) -> Tensor")
+LIBRARY.impl("moe", moe, "CompositeExplicitAutograd")
+torch.library.register_fake("ktrans::moe", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
+
+
+def _bind(site: Site) -> Bound | None:
+    if not site.cls.endswith("Experts"):
+        return None
+    if not {"gate_up_proj", "down_proj"} <= set(site.weights):
+        return Bound("experts", why=f"not moe: its weights are {', '.join(sorted(site.weights))}; "
+                                    "wanted gate_up_proj and down_proj (is this the `eager` experts implementation?)")
+    if extra := set(site.weights) - {"gate_up_proj", "down_proj"}:
+        return Bound("experts", why=f"not moe: no kernel knows experts with {', '.join(sorted(extra))}")
+    gate_up, down = (value_of(site.weights[n]) for n in ("gate_up_proj", "down_proj"))
+    experts, width2, hidden = gate_up.shape
+    if tuple(down.shape) != (experts, hidden, width2 // 2):
+        return Bound("experts", why=f"not moe: gate_up_proj {list(gate_up.shape)} and down_proj {list(down.shape)} "
+                                    "are not [E, 2 I, H] and [E, H, I]")
+    ids = [n for n in site.tensors if not value_of(n).dtype.is_floating_point]
+    scores = [n for n in site.tensors if n not in ids and ids and value_of(n).shape == value_of(ids[0]).shape]
+    hidden_in = [n for n in site.tensors if n not in ids and n not in scores]
+    if not len(ids) == len(scores) == len(hidden_in) == len(site.outputs) == 1 or site.written:
+        return Bound("experts", why="not moe: it does not read one of each: hidden states, expert ids, scores")
+    marker = next((n for n in site.nodes if calls(n, "moe")), None)
+    activation = str(marker.args[5]) if marker is not None else activation_of(site)
+    if activation not in ACTIVATIONS:
+        return Bound("experts", why=f"not moe: activation {activation or 'unknown'}; known: {', '.join(ACTIVATIONS)}")
+    shape = MoeShape(int(experts), int(hidden), int(width2) // 2, int(value_of(ids[0]).shape[-1]), activation)
+    return Bound("moe", Binding(roles_of(site, x=hidden_in[0], ids=ids[0], scores=scores[0]), shape))
+
+
+def _define(binding: Binding, leaves: tuple[str, ...]) -> fx.Graph:
+    graph = fx.Graph()
+    x, ids, scores = (graph.placeholder(role) for role in OP.roles)
+    weights = {leaf: graph.placeholder(leaf) for leaf in leaves}
+    graph.output(graph.call_function(torch.ops.ktrans.moe.default, (
+        x, ids, scores, weights["gate_up_proj"], weights["down_proj"], binding.shape.activation)))
+    return graph
+
+
+OP = Op("moe", _bind, "routed experts", ("x", "ids", "scores"), _define)

@@ -1,0 +1,383 @@
+"""Plan: the graph as a table that a person reads. Text, JSON, HTML and the difference of two."""
+import difflib
+import html
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ktcompile.graph import Region, copies, device_of, is_copy, is_region, is_scalar, regions, value_of
+from ktcompile.kernel import CONTEXT, TOKENS, Kernel
+from ktcompile.target import Target
+from ktcompile.verify import gib, used
+
+JSON_VERSION = 1
+"""Version of `Plan.json()`; fields may be added to one, never renamed or removed."""
+
+_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64", torch.int32: "i32",
+           torch.bool: "b8"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One region or copy. `us` is predicted; None before kernels are chosen."""
+
+    name: str
+    path: str
+    device: str
+    op: str
+    reads: tuple[str, ...]
+    type: str
+    encoding: str
+    nbytes: int
+    kernel: str
+    us: float | None
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a device holds, in bytes, of what it can."""
+
+    device: str
+    weights: int
+    cache: int
+    capacity: int
+    regions: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything runs and lives, before a weight is read. `notes`: (by, names, why not)."""
+
+    model: str
+    phase: str
+    tokens: int
+    context: int
+    after: str
+    rows: tuple[Row, ...]
+    uses: tuple[Use, ...]
+    copied_bytes: int
+    notes: tuple[tuple[str, str, str], ...]
+
+    @property
+    def us(self) -> float | None:
+        """Predicted microseconds of one step, everything one after the other."""
+        known = [r.us for r in self.rows if r.us is not None]
+        return sum(known) if known else None
+
+    def text(self) -> str:
+        """The page."""
+        return "\n".join([*self._head(), "", *_table(self.rows), *self._foot()]) + "\n"
+
+    def _head(self) -> Iterator[str]:
+        plural = "token" if self.tokens == 1 else "tokens"
+        yield f"# {self.model}, {self.phase}: {self.tokens} {plural} a step, {self.context} of context"
+        if self.after:
+            yield f"# after {self.after}"
+        width = max((len(u.device) for u in self.uses), default=0)
+        for u in self.uses:
+            parts = f"weights {gib(u.weights)} in {u.regions} regions" + (f", cache {gib(u.cache)}" if u.cache else "")
+            yield f"# {u.device:<{max(width, 6)}}  {gib(u.weights + u.cache)} of {gib(u.capacity)}: {parts}"
+        count = sum(r.op == "copy" for r in self.rows)
+        if count:
+            yield f"# copies  {gib(self.copied_bytes)} a step in {count} copies"
+        if self.us is not None:
+            yield f"# predicted {_time(self.us)} a step ({self.tokens / self.us * 1e6:.1f} tokens/s) from memory bandwidth"
+
+    def _foot(self) -> Iterator[str]:
+        if self.notes:
+            yield ""
+            yield "# why not"
+        for by, names, why in self.notes:
+            yield f"#   {by}: {f'{names}: ' if names else ''}{why}"
+
+    def json(self) -> dict[str, Any]:
+        """The plan as plain data, stable and versioned."""
+        return {"version": JSON_VERSION, **asdict(self), "predicted_us": self.us}
+
+    def diff(self, earlier: "Plan") -> str:
+        """What changed since `earlier`, a line a change; equal changes of several layers are one line."""
+        return "\n".join(_changes(earlier.rows, self.rows)) or "nothing changed"
+
+
+def make_plan(gm: fx.GraphModule, target: Target, *, model: str, phase: str, tokens: int, context: int, after: str = "",
+              notes: Iterable[tuple[str, str, str]] = (), kernels: Mapping[str, Kernel] | None = None) -> Plan:
+    """The plan of a folded graph. Sizes are those of a step of `tokens` tokens after `context` tokens."""
+    sizes = _sizes(gm, tokens, context)
+    names = _names(gm)
+    rows = tuple(_row(n, names, sizes, target, kernels or {}, tokens, context) for n in gm.graph.nodes
+                 if is_region(n) or is_copy(n))
+    placed = used(gm) if all(r.device for r in regions(gm)) else {}
+    uses = tuple(Use(d.name, placed[d.name]["weights"], placed[d.name]["cache"], d.capacity,
+                     sum(r.home == d.name for r in regions(gm))) for d in target.devices if d.name in placed)
+    moved = sum(_nbytes(value_of(c), sizes) for c in copies(gm))
+    return Plan(model, phase, tokens, context, after, rows, uses, moved, tuple(group_notes(notes)))
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+def _names(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    names: dict[fx.Node, str] = {}
+    for node in gm.graph.nodes:
+        if is_region(node):
+            names[node] = Region(node).name
+        elif is_copy(node):
+            names[node] = f"{names.get(node.args[0], node.args[0].name)}@{node.args[1]}"
+        elif node.op == "placeholder":
+            names[node] = _input_name(str(node.meta.get("input", node.name)))
+        elif node.op == "call_function" and isinstance(node.args[0], fx.Node) and node.args[0] in names:
+            names[node] = f"{names[node.args[0]]}#{node.args[1]}"
+    return names
+
+
+def _input_name(name: str) -> str:
+    """An input as the page names it: a page pool is its layer's cache."""
+    pool = re.fullmatch(r"cache\.layers\.(\d+)\.pool", name)
+    return f"L{pool[1]}.cache" if pool else name
+
+
+_BOOKKEEPING = {"cache.page_table", "cache.seq_len", "cache.query_start"}
+
+
+def _row(node: fx.Node, names: Mapping[fx.Node, str], sizes: Mapping[str, int], target: Target,
+         kernels: Mapping[str, Kernel], tokens: int, context: int) -> Row:
+    kind = _type(value_of(node), sizes)
+    if is_copy(node):
+        source, to = device_of(node.args[0]) or "", str(node.args[1])
+        link = target.link(source, to)
+        nbytes = _nbytes(value_of(node), sizes)
+        return Row(names[node], str(names[node]), f"-> {to}", "copy", (names[node.args[0]],), kind, "", nbytes, "",
+                   (nbytes / link.bandwidth + link.latency) * 1e6)
+    region = Region(node)
+    reads = tuple(dict.fromkeys(names[i].split("#")[0] for i in region.inputs
+                                if not is_scalar(i) and names[i] not in _BOOKKEEPING))
+    codes = dict.fromkeys(str(w.meta.get("encoding", "")) for w in region.weights.values())
+    main = [c for c in codes if c not in ("", "f32")] or list(codes)
+    kernel = kernels.get(region.kernel or "")
+    us = None
+    if kernel is not None and region.device in target:
+        device = target[region.device]
+        cost = kernel.cost(region, target)
+        at = {TOKENS: tokens, CONTEXT: context}
+        us = 1e6 * max(float(sympy.sympify(cost.nbytes).subs(at)) / device.bandwidth,
+                       float(sympy.sympify(cost.flops).subs(at)) / device.flops)
+    return Row(region.name, region.path, region.device or "-", region.op, reads, kind, "+".join(main), region.nbytes,
+               region.kernel or "", us)
+
+
+def _sizes(gm: fx.GraphModule, tokens: int, context: int) -> dict[str, int]:
+    """The value of every symbol of the graph: an input's second axis counts tokens, a page table's pages."""
+    out = {}
+    for node in gm.graph.nodes:
+        value = value_of(node)
+        if node.op != "placeholder" or not isinstance(value, torch.SymInt):
+            continue
+        name, axis = node.meta.get("size_of", ("", 0))
+        if name.endswith("page_table"):
+            out[str(value)] = -(-context // 16) if axis == 1 else 1
+        else:
+            out[str(value)] = tokens if axis == 1 else 2 if name.endswith("query_start") else 1
+    return out
+
+
+def _dim(size: Any, sizes: Mapping[str, int]) -> int | str:
+    """A size in numbers; a symbol that nothing gives a value stays one."""
+    if isinstance(size, int):
+        return size
+    value = sympy.sympify(str(size), locals={s: sympy.Symbol(s, integer=True) for s in sizes}).subs(
+        {sympy.Symbol(s, integer=True): v for s, v in sizes.items()})
+    return int(value) if value.is_number else str(value)
+
+
+def _type(value: Any, sizes: Mapping[str, int]) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{','.join(str(_dim(d, sizes)) for d in value.shape)}]"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(_type(v, sizes) for v in value)
+    return "" if value is None else str(value)
+
+
+def _nbytes(value: Any, sizes: Mapping[str, int]) -> int:
+    total = int(value.element_size())
+    for size in value.shape:
+        dim = _dim(size, sizes)
+        total *= dim if isinstance(dim, int) else 1
+    return total
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+_HEADER = ("name", "device", "op", "reads", "type", "encoding", "bytes", "kernel", "µs")
+_RIGHT = {6, 8}
+
+
+def _time(us: float) -> str:
+    return f"{us:.0f} µs" if us < 1000 else f"{us / 1000:.1f} ms" if us < 1e6 else f"{us / 1e6:.2f} s"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    us = "" if row.us is None else f"{row.us:.0f}" if row.us >= 10 else f"{row.us:.1f}"
+    return (row.name, row.device, row.op, " ".join(row.reads), row.type, row.encoding, gib(row.nbytes) if row.nbytes else "",
+            row.kernel, us)
+
+
+def _layer(name: str) -> int | None:
+    match = re.match(r"L(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def _relative(text: str, layer: int) -> str:
+    return re.sub(r"\bL(\d+)\.", lambda m: f"L[{int(m[1]) - layer}].", text)
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    """Aligned rows; a layer like an earlier one is one line that says so."""
+    blocks: list[tuple[int | None, list[Row]]] = []
+    for row in rows:
+        layer = _layer(row.name)
+        if not blocks or blocks[-1][0] != layer:
+            blocks.append((layer, []))
+        blocks[-1][1].append(row)
+    shown: dict[tuple[str, ...], int] = {}
+    lines: list[tuple[str, ...] | str] = [_HEADER]
+    repeat: list[tuple[int, int]] = []  # (layer, the layer it is like)
+
+    def flush() -> None:
+        spans: list[list[int]] = []
+        for layer, like in repeat:
+            if spans and spans[-1][1] == layer - 1 and spans[-1][2] == like:
+                spans[-1][1] = layer
+            else:
+                spans.append([layer, layer, like])
+        repeat.clear()
+        for first, last, like in spans:
+            who = f"L{first}" if first == last else f"L{first}-L{last}"
+            lines.extend(["", f"{who} as L{like}"])
+
+    for layer, block in blocks:
+        key = tuple(_relative("|".join(map(str, _cells(r)[:8])), layer) for r in block) if layer is not None else ()
+        if layer is not None and key in shown:
+            repeat.append((layer, shown[key]))
+            continue
+        flush()
+        if layer is not None:
+            shown[key] = layer
+        lines.append("")
+        lines.extend(_cells(r) for r in block)
+    flush()
+    grid = [c for c in lines if isinstance(c, tuple)]
+    width = [max(len(r[i]) for r in grid) for i in range(len(_HEADER))]
+    return ["  ".join(c.rjust(w) if i in _RIGHT else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))).rstrip()
+            if isinstance(line, tuple) else line for line in lines]
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """`L1-L3, L5` of 1, 2, 3, 5."""
+    out: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if out and out[-1][1] == n - 1:
+            out[-1][1] = n
+        else:
+            out.append([n, n])
+    return ", ".join(f"L{a}" if a == b else f"L{a}-L{b}" for a, b in out)
+
+
+def _grouped(items: Iterable[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Names whose texts are equal but for the layer, as one name: (`L1-L5.experts`, texts), in order of appearance."""
+    groups: dict[tuple[str, ...], list[tuple[int | None, str]]] = {}
+    for name, texts in items:
+        layer = _layer(name)
+        leaf = name if layer is None else name.split(".", 1)[1]
+        key = (leaf, *(t if layer is None else _relative(t, layer) for t in texts))
+        groups.setdefault(key, []).append((layer, name))
+    for key, members in groups.items():
+        layers = [layer for layer, _ in members if layer is not None]
+        first = members[0][0]
+        texts = tuple(t if first is None else re.sub(r"L\[(-?\d+)\]", lambda m, f=first: f"L{f + int(m[1])}", t)
+                      for t in key[1:])
+        yield (f"{spans(layers)} {key[0]}" if layers else members[0][1]), texts
+
+
+def group_notes(notes: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+    """Notes that differ only by layer as one: (by, `L1-L5 experts`, why)."""
+    for name, (by, why) in _grouped((name, (by, why)) for by, name, why in notes):  # type: ignore[misc]
+        yield by, name, why
+
+
+def _changes(before: Sequence[Row], after: Sequence[Row]) -> Iterator[str]:
+    old, new = {r.name: r for r in before}, {r.name: r for r in after}
+    lines: list[tuple[str, tuple[str, ...]]] = []
+    for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, list(old), list(new), autojunk=False).get_opcodes():
+        if tag == "equal":
+            for name in list(old)[i1:i2]:
+                pairs = zip(_HEADER[1:8], _cells(old[name])[1:8], _cells(new[name])[1:8], strict=True)
+                changed = [f"{column} {a or '-'} -> {b or '-'}" for column, a, b in pairs if a != b]
+                if changed:
+                    lines.append((name, ("~", "; ".join(changed))))
+            continue
+        lines += [(n, ("-", " ".join(filter(None, _cells(old[n])[1:5])))) for n in list(old)[i1:i2] if n not in new]
+        lines += [(n, ("+", " ".join(filter(None, _cells(new[n])[1:5])))) for n in list(new)[j1:j2] if n not in old]
+        moved = [n for n in list(new)[j1:j2] if n in old and _cells(old[n])[1:8] != _cells(new[n])[1:8]]
+        lines += [(n, ("~", " ".join(_cells(new[n])[1:5]))) for n in moved]
+    for name, (sign, text) in _grouped(lines):  # type: ignore[misc]
+        yield f"{sign} {name}  {text}"
+
+
+# ------------------------------------------------------------------------------------------------ HTML
+
+_CSS = """
+body{font:13px/1.45 ui-monospace,Menlo,Consolas,monospace;margin:2em;color:#222;background:#fff}
+h1{font-size:17px}h2{font-size:13px;grid-column:1/3;margin:.8em 0 .1em;border-top:1px solid #ddd;padding-top:.4em}
+input{position:absolute;opacity:0}section{display:none}
+label{display:inline-block;padding:.2em .8em;border:1px solid #bbb;border-radius:3px;margin:0 .4em .4em 0;cursor:pointer}
+input:focus-visible+label{outline:2px solid #06c}
+.g{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:2px 2em;max-width:1200px;margin-top:1em}
+.g>div{padding:2px 8px;border-radius:3px;overflow-wrap:anywhere}.lane0{grid-column:1;background:#e8f1ff}
+.lane1{grid-column:2;background:#fff1dd}.copy{grid-column:1/3;color:#a33;text-align:center}
+.new{outline:2px solid #2a7}b{font-weight:600}small{color:#666;float:right;margin-left:1em}
+pre{white-space:pre-wrap}p.key{color:#666}
+@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}.lane0{background:#1c2b40}.lane1{background:#40301a}
+h2{border-color:#444}small,p.key{color:#aaa}label{border-color:#666}}
+"""
+
+
+def html_page(plans: Sequence[Plan]) -> str:
+    """One self-contained page: a button a pass, GPU lane left, CPU lane right, what the pass changed outlined. No script."""
+    title = html.escape(f"{plans[-1].model}, {plans[-1].phase}")
+    rules = "".join(f"#p{i}:checked~#s{i}{{display:block}}#p{i}:checked~nav label[for=p{i}]{{background:#222;color:#fff}}"
+                    for i in range(len(plans)))
+    out = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+           f"<title>{title} - ktcompile</title><style>{_CSS}{rules}</style><h1>{title}</h1>"]
+    for i in range(len(plans)):
+        checked = " checked" if i == len(plans) - 1 else ""
+        out.append(f"<input type=radio name=p id=p{i}{checked}>")
+    out.append("<nav>" + "".join(f"<label for=p{i}>{html.escape(p.after or 'result')}</label>" for i, p in enumerate(plans)) + "</nav>")
+    out.append("<p class=key>Left: GPU. Right: CPU. Red: copies. Outlined: changed by this pass.</p>")
+    for i, plan in enumerate(plans):
+        head = html.escape("\n".join(line.removeprefix("# ") for line in (*plan._head(), *plan._foot()) if line))
+        out.append(f"<section id=s{i}><pre>{head}</pre><div class=g>")
+        earlier = {_cells(r)[:8] for r in plans[i - 1].rows} if i else None
+        out += _lanes(plan.rows, earlier)
+        out.append("</div></section>")
+    return "\n".join(out) + "</html>\n"
+
+
+def _lanes(rows: Sequence[Row], earlier: set[tuple[str, ...]] | None) -> Iterator[str]:
+    layer: int | None = None
+    for row in rows:
+        if _layer(row.name) != layer:
+            layer = _layer(row.name)
+            yield f"<h2>{f'L{layer}' if layer is not None else ''}</h2>"
+        new = " new" if earlier is not None and _cells(row)[:8] not in earlier else ""
+        tip = html.escape("reads " + ", ".join(row.reads), quote=True)
+        if row.op == "copy":
+            yield f'<div class="copy{new}" title="{tip}">{html.escape(f"{row.reads[0]} {row.device}")} {gib(row.nbytes)}</div>'
+            continue
+        lane = 1 if row.device.startswith("cpu") else 0
+        facts = [row.type, row.encoding, gib(row.nbytes) if row.nbytes else "", row.kernel, "" if row.us is None else _time(row.us)]
+        yield (f'<div class="lane{lane}{new}" title="{tip}">{html.escape(row.name)} <b>{html.escape(row.op)}</b> '
+               f"<small>{html.escape(' · '.join(filter(None, facts)))}</small></div>")

@@ -1,0 +1,200 @@
+"""Executable: a placed graph with its weights packed, ready to call."""
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ktcompile.capture import version
+from ktcompile.errors import PassError
+from ktcompile.graph import Region, is_region, is_weight, regions
+from ktcompile.kernel import Call, Kernel, Packed, Parts
+from ktcompile.plan import Plan
+from ktcompile.target import Target
+from ktcompile.weights import ModuleSource, WeightSource
+
+Progress = Callable[[str, int, int], None]
+"""Called while weights are packed: (region, bytes done, bytes in all)."""
+
+
+class Store:
+    """Packed weights by (keys, layout, device): every phase of a model reads the same ones."""
+
+    def __init__(self, source: WeightSource, target: Target, kernels: Mapping[str, Kernel]) -> None:
+        self.source, self.target, self.kernels = source, target, kernels
+        self._packed: dict[tuple[tuple[str, ...], str, str], Packed] = {}
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held on each device."""
+        out: dict[str, int] = {}
+        for (_, _, device), packed in self._packed.items():
+            out[device] = out.get(device, 0) + packed.nbytes
+        return out
+
+    def get(self, region: Region) -> Packed:
+        """The region's weights in its kernel's layout; read and packed at the first call."""
+        keys = {leaf: str(node.meta["weight"]) for leaf, node in region.weights.items()}
+        key = tuple(keys.values()), str(region.node.meta["layout"]), str(region.home)
+        if key not in self._packed:
+            kernel = self.kernels[str(region.kernel)]
+            self._packed[key] = kernel.pack(Parts(self.source, keys), region, self.target)
+        return self._packed[key]
+
+
+class BorrowedStore:
+    """Packed copies of parameters that somebody else owns, gone when the parameter is; repacked after in-place writes."""
+
+    def __init__(self, target: Target, kernels: Mapping[str, Kernel]) -> None:
+        self.target, self.kernels = target, kernels
+        self._packed: Any = WeakIdKeyDictionary()  # first weight -> {(layout, device, other ids): (versions, Packed)}
+
+    def get(self, region: Region, weights: Sequence[Tensor]) -> Packed:
+        """The weights in the layout of the region's kernel."""
+        if not weights:
+            return Packed(str(region.node.meta["layout"]))
+        held = self._packed.setdefault(weights[0], {})
+        key = region.node.meta["layout"], region.home, tuple(map(id, weights[1:]))
+        versions = tuple(version(w) for w in weights)
+        if key in held and held[key][0] == versions:
+            packed: Packed = held[key][1]
+            return packed
+        leaves = tuple(region.weights)
+        source = ModuleSource(dict(zip(leaves, weights, strict=True)))
+        made = self.kernels[str(region.kernel)].pack(Parts(source, {leaf: leaf for leaf in leaves}), region, self.target)
+        held[key] = versions, made
+        return made
+
+
+class _Step(nn.Module):
+    """One region: its kernel, called on weights that the store packed."""
+
+    def __init__(self, kernel: Kernel, packed: Packed, call: Call) -> None:
+        super().__init__()
+        self.kernel, self.packed, self.call = kernel, packed, call
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.kernel(self.packed, self.call, *inputs)
+
+
+class _BorrowedStep(nn.Module):
+    """One region of a model that owns its parameters: they come as the last arguments of each call."""
+
+    def __init__(self, kernel: Kernel, store: BorrowedStore, region: Region, call: Call) -> None:
+        super().__init__()
+        self.kernel, self.store, self.region, self.call = kernel, store, region, call
+        self.inputs = len(region.inputs)
+        self.device = store.target[region.device or ""].torch
+
+    def forward(self, *args: Any) -> Any:
+        inputs, weights = args[:self.inputs], args[self.inputs:]
+        if self.kernel.op == "*" and all(w.device == self.device for w in weights):
+            return self.call.body(*args)
+        return self.kernel(self.store.get(self.region, weights), self.call, *inputs)
+
+
+class Executable:
+    """A lowered graph. `inputs` names what each argument is: an input's name, or (name, axis) for a size of one."""
+
+    def __init__(self, plan: Plan, gm: fx.GraphModule, inputs: tuple[str | tuple[str, int], ...]) -> None:
+        self.plan, self.gm, self.inputs = plan, gm, inputs
+        self._run = gm.forward
+
+    def __call__(self, values: Mapping[str, Tensor]) -> Any:
+        """Run on the inputs by name; what the captured function returned, as a tuple."""
+        args = [values[i] if isinstance(i, str) else values[i[0]].shape[i[1]] for i in self.inputs]
+        with torch.inference_mode():
+            return self._run(*args)
+
+    def flat(self, *args: Any) -> Any:
+        """Run on dynamo's arguments in dynamo's order."""
+        return self._run(*args)
+
+
+def lower(gm: fx.GraphModule, plan: Plan, store: Store, progress: Progress | None = None) -> Executable:
+    """Replace every region by its kernel, with weights from the store: read, packed and placed now."""
+    total = sum(r.nbytes for r in regions(gm))
+    done = 0
+
+    def step(region: Region) -> nn.Module:
+        nonlocal done
+        if progress:
+            progress(region.name, done, total)
+        made = _Step(store.kernels[str(region.kernel)], store.get(region), _call(region, store.target))
+        done += region.nbytes
+        return made
+
+    lowered = _lower(gm, step, weights=False)
+    if progress:
+        progress("", total, total)
+    inputs = tuple(n.meta.get("size_of") or str(n.meta.get("input", n.name)) for n in lowered.graph.nodes
+                   if n.op == "placeholder")
+    return Executable(plan, lowered, inputs)
+
+
+def lower_borrowed(gm: fx.GraphModule, plan: Plan, store: BorrowedStore) -> Executable:
+    """Replace every region by its kernel; the graph keeps its parameters as arguments."""
+    lowered = _lower(gm, lambda region: _BorrowedStep(store.kernels[str(region.kernel)], store, region,
+                                                      _call(region, store.target)), weights=True)
+    return Executable(plan, lowered, ())
+
+
+def _call(region: Region, target: Target) -> Call:
+    binding = region.binding
+    body = _on_device(region.body, target[region.device or ""].torch)
+    return Call(region.path, binding.shape if binding else None, body, tuple(region.weights))
+
+
+def _on_device(body: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """The body with every device that it names (arange, `.to`, new tensors) replaced by the one it runs on."""
+    def swap(value: Any) -> Any:
+        return device if isinstance(value, torch.device) and value.type in ("cpu", "cuda") else value
+
+    def named(value: Any) -> bool:
+        return isinstance(value, torch.device) and value != device
+
+    if not any(named(a) for n in body.graph.nodes for a in (*n.args, *n.kwargs.values())):
+        return body
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in body.graph.nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+        env[node].args = tuple(map(swap, env[node].args))
+        env[node].kwargs = {k: swap(v) for k, v in env[node].kwargs.items()}
+    return fx.GraphModule(body, graph)
+
+
+def _lower(gm: fx.GraphModule, step: Callable[[Region], nn.Module], *, weights: bool) -> fx.GraphModule:
+    root = nn.Module()
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" and is_weight(node) and not weights:
+            continue
+        if not is_region(node):
+            env[node] = graph.node_copy(node, lambda n: env[n])
+            continue
+        region = Region(node)
+        name = node.meta["path"].replace(".", "_") or "root"
+        root.add_module(name, step(region))
+        args = [a for a in node.args if weights or not (isinstance(a, fx.Node) and is_weight(a))]
+        env[node] = graph.call_module(name, tuple(env[a] for a in args))
+    return fx.GraphModule(root, graph)
+
+
+def check_one_layout(graphs: Sequence[fx.GraphModule]) -> None:
+    """Invariant over all phases: a weight has one layout on one device, else it is in memory twice."""
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    for gm in graphs:
+        for region in regions(gm):
+            for node in region.weights.values():
+                key = str(node.meta["weight"]), str(region.home)
+                layout = str(region.node.meta["layout"])
+                first = seen.setdefault(key, (layout, region.path))
+                if first[0] != layout:
+                    raise PassError(f"{key[0]} would be in {key[1]}'s memory twice: as {first[0]!r} for {first[1]} and as "
+                                    f"{layout!r} for {region.path}. Give both phases kernels of one layout")
+
+
+__all__ = ["BorrowedStore", "Executable", "Progress", "Store", "check_one_layout", "lower", "lower_borrowed"]

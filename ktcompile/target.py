@@ -1,0 +1,182 @@
+"""The machine compiled for: devices, links between them, and how to find or imagine one."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from ktcompile.errors import RulesError
+
+_SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A place that holds weights and runs kernels.
+
+    `capacity` in bytes, `bandwidth` of its memory in bytes/s, `flops` that matrix products reach, per second (nominal:
+    predictions use it, nothing else).
+    """
+
+    name: str
+    kind: str
+    capacity: int
+    bandwidth: float
+    features: frozenset[str] = frozenset()
+    flops: float = 1e12
+
+    @property
+    def torch(self) -> torch.device:
+        """The torch device that this one is."""
+        return torch.device(self.name)
+
+
+@dataclass(frozen=True)
+class Link:
+    """How one device reaches another: `bandwidth` in bytes/s, `latency` in seconds a copy."""
+
+    bandwidth: float
+    latency: float
+
+
+_PCIE = Link(bandwidth=25e9, latency=10e-6)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The devices that a plan may use. The first one is the default of a rule that names none."""
+
+    devices: tuple[Device, ...]
+    links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [d.name for d in self.devices]
+        if not names or len(set(names)) != len(names):
+            raise RulesError(f"a target needs one or more devices with different names, got {names}")
+
+    def __contains__(self, name: str) -> bool:
+        return any(d.name == name for d in self.devices)
+
+    def __getitem__(self, name: str) -> Device:
+        for device in self.devices:
+            if device.name == name:
+                return device
+        raise RulesError(f"no device {name!r}; this target has {', '.join(d.name for d in self.devices)}")
+
+    @property
+    def host(self) -> Device:
+        """The CPU that drives the others."""
+        return next((d for d in self.devices if d.kind == "cpu"), self.devices[0])
+
+    @property
+    def main(self) -> Device:
+        """The device for everything that is not said: the first GPU, or the CPU where there is none."""
+        return next((d for d in self.devices if d.kind == "cuda"), self.host)
+
+    def link(self, source: str, to: str) -> Link:
+        return self.links.get((source, to), _PCIE)
+
+
+def size(text: str | int) -> int:
+    """Bytes of `24G`, `512M`, `1.5T` or a plain number (powers of 1024). Raises RulesError."""
+    if isinstance(text, int):
+        return text
+    number = text.strip().upper().removesuffix("B").removesuffix("I")
+    suffix = number[-1:] if number[-1:] in _SUFFIX and number[-1:] else ""
+    try:
+        value = float(number.removesuffix(suffix)) * _SUFFIX[suffix]
+    except ValueError:
+        raise RulesError(f"{text!r} is no size; write a number with K, M, G or T, such as 24G") from None
+    if not 0 < value < 1 << 60:
+        raise RulesError(f"{text!r} is no possible size of a memory; allowed is 1 to 1048575T")
+    return int(value)
+
+
+def cpu_features() -> frozenset[str]:
+    """Feature names of this CPU as the kernel lists them (avx2, avx512f, avx512_bf16, amx_bf16, ...)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((x.split(":", 1)[1].split() for x in lines if x.startswith(("flags", "Features"))), []))
+
+
+def memory() -> int:
+    """Bytes of RAM this process may use: the machine's, or its cgroup's limit if that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def _read_bandwidth() -> float:
+    """Bytes/s that torch reads from RAM here: the best of three sums over 64 MiB. Takes about 30 ms."""
+    data = torch.ones(16 << 20)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - start)
+    return data.nbytes / min(times)
+
+
+def detect() -> Target:
+    """The machine this runs on: its GPUs, if torch sees any, and its CPU."""
+    devices = []
+    for i in range(torch.cuda.device_count()):
+        props = torch.cuda.get_device_properties(i)
+        # memory_clock_rate is in kHz and counts one edge; both edges carry data.
+        rate = getattr(props, "memory_clock_rate", 0) * 1e3 * 2 * getattr(props, "memory_bus_width", 0) / 8
+        sm = f"sm{props.major}{props.minor}"
+        devices.append(Device(f"cuda:{i}", "cuda", props.total_memory, rate or 1e12, frozenset({sm}), 100e12))
+    devices.append(Device("cpu", "cpu", memory(), _read_bandwidth(), cpu_features()))
+    return Target(tuple(devices))
+
+
+def fake(gpu: str | int | None = "24G", ram: str | int = "512G") -> Target:
+    """A machine one does not have: `gpu` bytes of GPU memory (None: no GPU) and `ram` bytes of RAM.
+
+    Bandwidths are of a common desktop: 1 TB/s on the GPU, 250 GB/s in RAM, PCIe 4 x16 between them.
+    """
+    features = frozenset(
+        {
+            "avx2",
+            "fma",
+            "f16c",
+            "avx512f",
+            "avx512bw",
+            "avx512dq",
+            "avx512vl",
+            "avx512_bf16",
+            "avx512_vnni",
+            "amx_tile",
+            "amx_bf16",
+            "amx_int8",
+        }
+    )
+    cpu = Device("cpu", "cpu", size(ram), 250e9, features)
+    if gpu is None:
+        return Target((cpu,))
+    return Target((Device("cuda:0", "cuda", size(gpu), 1e12, frozenset({"sm89"}), 100e12), cpu))
+
+
+def load(path: Path | str) -> Target:
+    """A target from YAML: `devices: [{name, kind, capacity, bandwidth, features}]`, sizes as `24G`."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+        devices = tuple(
+            Device(d["name"], d["kind"], size(d["capacity"]), float(d["bandwidth"]), frozenset(d.get("features", ())))
+            for d in data["devices"]
+        )
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise RulesError(
+            f"{path}: no target: {error}; wanted devices: [{{name, kind, capacity, bandwidth}}]"
+        ) from error
+    return Target(devices)

@@ -1,0 +1,27 @@
+"""Weight sources: where each parameter of a model is stored, how it is encoded, and its bytes on demand."""
+
+from ktcompile.weights.gguf import GGUFSource
+from ktcompile.weights.module import ModuleSource
+from ktcompile.weights.safetensors import SafetensorsSource
+from ktcompile.weights.source import (
+    Part,
+    TensorSpec,
+    WeightSource,
+    decode,
+    encoding,
+    stored_bytes,
+    values,
+)
+
+__all__ = [
+    "GGUFSource",
+    "ModuleSource",
+    "Part",
+    "SafetensorsSource",
+    "TensorSpec",
+    "WeightSource",
+    "decode",
+    "encoding",
+    "stored_bytes",
+    "values",
+]

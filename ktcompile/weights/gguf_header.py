@@ -1,0 +1,246 @@
+"""Read the header of a GGUF file, trusting nothing in it.
+
+Every count, length, type, dimension and offset is checked against the bytes that are really there before anything is
+allocated for it, so a hostile file costs at most the limits below. Layout: github.com/ggml-org/ggml, docs/gguf.md.
+"""
+
+import itertools
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktcompile.errors import ModelFileError
+from ktcompile.weights import ggml
+from ktcompile.weights.mapped import MappedFile
+
+Value = int | float | bool | str | list[str] | NDArray[np.generic]
+
+MAX_ENTRIES = 65_536  # metadata keys; real files have about 60
+MAX_TENSORS = 65_536  # a 671B model has about 1,100
+MAX_STRINGS = 1 << 20  # in all arrays of the file; a vocabulary of 129k with its merges has 257k
+MAX_HEADER_BYTES = 32 << 20  # the same vocabulary takes 5 MB
+MAX_NAME_BYTES = 1_024  # ggml allows 64 for a tensor
+MAX_DIMS = 4
+DEFAULT_ALIGNMENT = 32
+
+_SCALARS = {  # code in the file -> (name, struct format)
+    0: ("uint8", "<B"),
+    1: ("int8", "<b"),
+    2: ("uint16", "<H"),
+    3: ("int16", "<h"),
+    4: ("uint32", "<I"),
+    5: ("int32", "<i"),
+    6: ("float32", "<f"),
+    7: ("bool", "<B"),
+    10: ("uint64", "<Q"),
+    11: ("int64", "<q"),
+    12: ("float64", "<d"),
+}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the header describes it; `offset` counts from the start of the file, shape is rows first."""
+
+    name: str
+    type: ggml.BlockType
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says about itself: metadata by key and tensors by name."""
+
+    metadata: Mapping[str, Value]
+    tensors: Mapping[str, Stored]
+
+
+def read_header(file: MappedFile) -> Header:
+    """Parse and check the header; ModelFileError names the file, the byte offset and the field.
+
+    float32 metadata is given as the shortest decimal that rounds to it: 1e-06, not 9.99999997e-07.
+    """
+    cursor = _Cursor(file)
+    _check_magic(cursor)
+    tensor_count = cursor.count("tensor_count", MAX_TENSORS, least_bytes=24)
+    entry_count = cursor.count("metadata_kv_count", MAX_ENTRIES, least_bytes=13)
+    metadata: dict[str, Value] = {}
+    for _ in range(entry_count):
+        start = cursor.pos
+        key = cursor.string("metadata key", MAX_NAME_BYTES)
+        if key in metadata:
+            cursor.fail("metadata key", f"{key!r} occurs twice", start)
+        metadata[key] = cursor.value(key)
+    alignment = _alignment(cursor, metadata)
+    infos = [_tensor_info(cursor, alignment) for _ in range(tensor_count)]
+    data = -(-cursor.pos // alignment) * alignment
+    return Header(metadata, _place(cursor, infos, data))
+
+
+def _check_magic(cursor: "_Cursor") -> None:
+    magic = cursor.take(4, "magic")
+    if magic in (b"FUGG", b"fugg"):
+        cursor.fail("magic", "a big-endian file; only little-endian GGUF is read", 0)
+    if magic != b"GGUF":
+        cursor.fail("magic", f"{magic!r} is not b'GGUF'; this is no GGUF file", 0)
+    version = cursor.number("<I", "version")
+    if version & 0xFFFF == 0 and version:
+        cursor.fail("version", "a big-endian file; only little-endian GGUF is read", 4)
+    if version not in (2, 3):
+        cursor.fail("version", f"{version} is not known; versions 2 and 3 are", 4)
+
+
+def _alignment(cursor: "_Cursor", metadata: Mapping[str, Value]) -> int:
+    value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    good = isinstance(value, int) and 0 < value <= 1 << 20 and value & (value - 1) == 0
+    if not good or isinstance(value, bool):
+        cursor.fail("general.alignment", f"{value!r} is not a power of two between 1 and 2^20")
+    return cast(int, value)
+
+
+@dataclass(frozen=True)
+class _Info:
+    stored: Stored  # its offset still counts from the start of the data
+    field_pos: int  # where in the header its offset stands
+
+
+def _tensor_info(cursor: "_Cursor", alignment: int) -> _Info:
+    name = cursor.string("tensor name", MAX_NAME_BYTES)
+    field = f"tensor {name!r}"
+    dim_count = cursor.number("<I", f"{field}: number of dimensions")
+    if not 1 <= dim_count <= MAX_DIMS:
+        cursor.fail(field, f"{dim_count} dimensions; 1 to {MAX_DIMS} are allowed", cursor.pos - 4)
+    start = cursor.pos
+    dims = [int(cursor.number("<Q", f"{field}: dimension {i}")) for i in range(dim_count)]
+    if 0 in dims or math.prod(dims) >= 1 << 62:
+        cursor.fail(field, f"dimensions {dims}: each must be at least 1 and their product below 2^62", start)
+    code = int(cursor.number("<I", f"{field}: type"))
+    kind = ggml.BY_CODE.get(code)
+    if kind is None:
+        known = ", ".join(f"{t.name} ({t.code})" for t in ggml.TYPES)
+        cursor.fail(field, f"type {code} cannot be decoded; known are {known}", cursor.pos - 4)
+    if dims[0] % kind.block_values:
+        cursor.fail(field, f"rows of {dims[0]} values are no multiple of {kind.name}'s {kind.block_values}", start)
+    pos = cursor.pos
+    offset = int(cursor.number("<Q", f"{field}: offset"))
+    if offset % alignment:
+        cursor.fail(field, f"offset {offset} is no multiple of the alignment {alignment}", pos)
+    nbytes = kind.row_bytes(dims[0]) * math.prod(dims[1:])
+    return _Info(Stored(name, kind, tuple(reversed(dims)), offset, nbytes), pos)
+
+
+def _place(cursor: "_Cursor", infos: list[_Info], data: int) -> dict[str, Stored]:
+    """Tensors with offsets from the start of the file, checked to lie inside it and beside each other."""
+    tensors: dict[str, Stored] = {}
+    for info in infos:
+        t = info.stored
+        if t.name in tensors:
+            cursor.fail(f"tensor {t.name!r}", "occurs twice", info.field_pos)
+        end = data + t.offset + t.nbytes
+        if end > cursor.size:
+            why = f"ends at byte {end}, the file at {cursor.size}: cut off or damaged"
+            cursor.fail(f"tensor {t.name!r}", why, info.field_pos)
+        tensors[t.name] = Stored(t.name, t.type, t.shape, data + t.offset, t.nbytes)
+    ordered = sorted(infos, key=lambda info: info.stored.offset)
+    for before, after in itertools.pairwise(ordered):
+        if before.stored.offset + before.stored.nbytes > after.stored.offset:
+            cursor.fail(
+                f"tensor {after.stored.name!r}",
+                f"offset {after.stored.offset} lies inside tensor {before.stored.name!r}",
+                after.field_pos,
+            )
+    return tensors
+
+
+class _Cursor:
+    """A position in the header; every step is checked against what is left."""
+
+    def __init__(self, file: MappedFile) -> None:
+        self.file = file
+        self.pos = 0
+        self.size = file.size_bytes
+        self.limit = min(file.size_bytes, MAX_HEADER_BYTES)
+        self.strings_left = MAX_STRINGS
+
+    def fail(self, field: str, why: str, pos: int | None = None) -> NoReturn:
+        raise ModelFileError(f"{self.file.path}: byte {self.pos if pos is None else pos}: {field[:200]}: {why}")
+
+    def need(self, count: int, field: str) -> None:
+        if count <= self.limit - self.pos:
+            return
+        what = "the file ends" if self.limit == self.size else f"a header may have {MAX_HEADER_BYTES} bytes"
+        self.fail(field, f"needs {count} bytes, {self.limit - self.pos} are left ({what} at byte {self.limit})")
+
+    def take(self, count: int, field: str) -> bytes:
+        self.need(count, field)
+        self.pos += count
+        return self.file.map[self.pos - count : self.pos]
+
+    def number(self, form: str, field: str) -> int:
+        size = struct.calcsize(form)
+        self.need(size, field)
+        self.pos += size
+        return cast(int, struct.unpack_from(form, self.file.map, self.pos - size)[0])
+
+    def count(self, field: str, most: int, least_bytes: int) -> int:
+        """A 64-bit count of things that take at least `least_bytes` each."""
+        start = self.pos
+        count = self.number("<Q", field)
+        if count > most:
+            self.fail(field, f"{count} is more than the {most} allowed", start)
+        if count * least_bytes > self.limit - self.pos:
+            self.fail(field, f"{count} need {count * least_bytes} bytes, {self.limit - self.pos} are left", start)
+        return count
+
+    def string(self, field: str, most: int = MAX_HEADER_BYTES) -> str:
+        start = self.pos
+        length = self.number("<Q", f"{field}: length")
+        if length > most:
+            self.fail(field, f"length {length} is more than the {most} bytes allowed", start)
+        raw = self.take(length, field)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            self.fail(field, f"is not UTF-8 ({error.reason} at its byte {error.start})", start)
+
+    def value(self, key: str) -> Value:
+        code = self.number("<I", f"{key}: type")
+        if code == _STRING:
+            return self.string(key)
+        if code == _ARRAY:
+            return self.array(key)
+        if code not in _SCALARS:
+            self.fail(key, f"value type {code} is not known; 0 to 12 are", self.pos - 4)
+        return self.scalar(key, code)
+
+    def scalar(self, key: str, code: int) -> Value:
+        name, form = _SCALARS[code]
+        value = self.number(form, key)
+        if name == "bool":
+            if value > 1:
+                self.fail(key, f"{value} is not a bool; 0 and 1 are", self.pos - 1)
+            return bool(value)
+        return float(str(np.float32(value))) if name == "float32" else value
+
+    def array(self, key: str) -> Value:
+        code = self.number("<I", f"{key}: element type")
+        if code == _ARRAY:
+            self.fail(key, "an array of arrays; arrays of numbers or strings are read", self.pos - 4)
+        if code != _STRING and code not in _SCALARS:
+            self.fail(key, f"element type {code} is not known; 0 to 12 are", self.pos - 4)
+        if code == _STRING:
+            count = self.count(f"{key}: length", self.strings_left, least_bytes=8)
+            self.strings_left -= count
+            return [self.string(key) for _ in range(count)]
+        form = _SCALARS[code][1]
+        size = struct.calcsize(form)
+        count = self.count(f"{key}: length", MAX_HEADER_BYTES, least_bytes=size)
+        return np.frombuffer(self.take(count * size, key), dtype=np.dtype(form.replace("b", "i1").replace("B", "u1")))

@@ -1,0 +1,46 @@
+"""choose-kernels: give every region the first kernel on its op's list that takes it."""
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule
+
+from ktcompile import OPS, Context, OptionError, Pass, RulesError, prune, regions
+from ktcompile.kernel import available, choose
+from ktcompile.pipeline import near
+
+
+@dataclass(frozen=True)
+class ChooseKernels(Pass):
+    """Each region gets the first kernel on its op's list that does not refuse it; the page says why others did.
+
+    `other` is the list of every op that has none of its own; `ops` holds lists for further ops by name.
+    """
+
+    name = "choose-kernels"
+    requires = ("local",)
+    establishes = ("lowered",)
+    moe: tuple[str, ...] = ("amx", "avx512_bf16", "avx512", "avx2", "scalar", "reference")
+    mla: tuple[str, ...] = ("triton", "encoded", "reference")
+    other: tuple[str, ...] = ("encoded", "reference")
+    ops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def run(self, gm: GraphModule, ctx: Context) -> GraphModule:
+        kernels = available()
+        lists = {"moe": self.moe, "mla": self.mla, "other": self.other, **self.ops}
+        for key, names in lists.items():
+            if unknown := [n for n in names if n not in kernels]:
+                raise OptionError(key, f"choose-kernels: no kernel {unknown[0]!r}; {near(unknown[0], kernels)}")
+        for region in list(regions(gm)):
+            kernel, refused = choose(region, lists.get(region.op, self.other), ctx.target, kernels)
+            if kernel is None:
+                raise RulesError(f"choose-kernels: no kernel takes {region.path} ({region.op} on {region.device}): "
+                                 f"{'; '.join(f'{n}: {w}' for n, w in refused)}. End the list with `reference`")
+            for name, why in refused:
+                if region.op in lists:
+                    ctx.skip(region, f"{name}: {why}")
+            op = OPS.get(region.op)
+            if kernel.op == region.op and op is not None and op.define is not None:
+                region.define(op, region.binding)
+            region.choose(kernel.name, kernel.layout, kernel.packed_bytes(region))
+        prune(gm)
+        return gm

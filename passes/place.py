@@ -1,0 +1,68 @@
+"""place: give every region a device."""
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from torch.fx import GraphModule, Node
+
+from ktcompile import Context, OptionError, Pass, Region, RulesError, Target, regions, value_of
+
+
+@dataclass(frozen=True)
+class Place(Pass):
+    """Put each region, and its weights, on the device of the first rule whose glob matches its module path.
+
+    A device is a name of the target, `cpu`, or `gpu`: the first GPU, and the CPU where there is none. Page pools of
+    the cache follow the region that writes them; other inputs stay where the caller has them.
+    """
+
+    name = "place"
+    requires = ("folded",)
+    establishes = ("placed", "fits")
+    rules: Mapping[str, str] = field(default_factory=lambda: {"*.experts": "cpu", "*": "gpu"})
+
+    def run(self, gm: GraphModule, ctx: Context) -> GraphModule:
+        devices = {glob: self._device(glob, name, ctx.target) for glob, name in self.rules.items()}
+        found = list(regions(gm))
+        for glob in devices:
+            if not any(r.matches(glob) for r in found):
+                raise OptionError(f"rules.{glob}", f"place: rule {glob!r} matches no region; {_suggest(glob, found)}")
+        for region in found:
+            device = next((d for glob, d in devices.items() if region.matches(glob)), None)
+            if device is None:
+                raise RulesError(f"place: no rule matches {region.path}; end the rules with \"*\": gpu")
+            region.place(device)
+        for node in gm.graph.nodes:
+            if node.op == "placeholder" and "weight" not in node.meta:
+                node.meta["device"] = _input_device(node, ctx.target)
+        return gm
+
+    def _device(self, glob: str, name: str, target: Target) -> str:
+        if name == "gpu":
+            return target.main.name
+        if name == "cpu":
+            return target.host.name
+        if name not in target:
+            known = ["cpu", "gpu", *(d.name for d in target.devices)]
+            close = get_close_matches(name, known, 1, 0.4)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise OptionError(f"rules.{glob}", f"place: no device {name!r}; {hint}this target has "
+                                               f"{', '.join(dict.fromkeys(known))}")
+        return name
+
+
+def _input_device(node: Node, target: Target) -> str:
+    writers = [u for u in node.users if u.meta.get("effects")]
+    if node.meta.get("state") and writers:
+        return str(Region(writers[0]).device)
+    kind = getattr(getattr(value_of(node), "device", None), "type", "cpu")
+    return target.main.name if kind == "cuda" else target.host.name
+
+
+def _suggest(glob: str, found: list[Region]) -> str:
+    """The closest glob that would match something."""
+    paths = {re.sub(r"\.\d+(?=\.|$)", ".*", r.path) for r in found}
+    known = {p for path in paths for p in (path, *(f"*.{path.split('.', i)[-1]}" for i in range(1, 5)))}
+    close = get_close_matches(glob, sorted(known), 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(paths))}"

@@ -1,0 +1,279 @@
+"""safetensors: fused experts, FP8 blocks, the index, laziness, hostile files."""
+# ruff: noqa: SIM118  (a weight source has keys(), but is no mapping to iterate over)
+
+import json
+import shutil
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ktcompile.errors import ModelFileError
+from ktcompile.weights import SafetensorsSource, encoding, stored_bytes, values
+from ktcompile.weights.safetensors import INDEX
+
+FP8 = Path(__file__).parent / "data" / "tiny-deepseek-v3"
+
+
+@pytest.fixture(scope="module")
+def source() -> SafetensorsSource:
+    return SafetensorsSource(FP8, layers=6)
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in sorted(FP8.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors.update({name: file.get_tensor(name) for name in file.keys()})
+    return tensors
+
+
+def dequantised(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The definition, one value at a time by index: fp8 * scale of its 128x128 block."""
+    weight, scale = stored[name].float(), stored[name + "_scale_inv"]
+    rows, cols = torch.arange(weight.shape[0]) // 128, torch.arange(weight.shape[1]) // 128
+    return weight * scale[rows][:, cols]
+
+
+def test_every_stored_value(source: SafetensorsSource, stored: dict[str, torch.Tensor]) -> None:
+    for key in source.keys():
+        got = values(source, key)
+        if ".mlp.experts." in key:
+            prefix = key.rpartition(".")[0]
+            names = ("gate_proj", "up_proj") if key.endswith("gate_up_proj") else ("down_proj",)
+            rows = [torch.cat([dequantised(stored, f"{prefix}.{e}.{n}.weight") for n in names]) for e in range(32)]
+            assert torch.equal(got, torch.stack(rows)), key
+        elif key + "_scale_inv" in stored:
+            assert torch.equal(got, dequantised(stored, key)), key
+        else:
+            assert torch.equal(got, stored[key].float()), key
+
+
+def test_only_the_mtp_layer_is_unused(source: SafetensorsSource, stored: dict[str, torch.Tensor]) -> None:
+    unused = source.unused()
+    assert set(unused) == {name for name in stored if name.startswith("model.layers.6.")}
+    used = sum(stored_bytes(source, key) for key in source.keys())
+    assert used == sum(t.nbytes for name, t in stored.items() if name not in unused)
+    assert SafetensorsSource(FP8).unused() == ()
+
+
+def test_the_mtp_layer_can_be_asked_for(source: SafetensorsSource) -> None:
+    assert source.spec("model.layers.6.mlp.experts.gate_up_proj").shape == (32, 256, 256)
+    assert values(source, "model.layers.6.eh_proj.weight").shape == (256, 512)
+
+
+def test_specs(source: SafetensorsSource) -> None:
+    key = "model.layers.1.mlp.experts.gate_up_proj"
+    spec = source.spec(key)
+    assert spec.shape == (32, 256, 256) and spec.dtype == torch.float32 and encoding(source, key) == "fp8_block128"
+    parts = source.parts(key)
+    assert len(parts) == 64 and len(source.parts("model.layers.1.mlp.experts.down_proj")) == 32
+    assert source.read(parts[0]).dtype == torch.float8_e4m3fn
+    scale = source.read_scale(parts[0])
+    assert scale is not None and scale.shape == (1, 2)
+    assert source.spec("lm_head.weight").dtype == torch.bfloat16
+
+
+def test_reading_copies_nothing(source: SafetensorsSource) -> None:
+    part = source.parts("lm_head.weight")[0]
+    assert source.read(part).data_ptr() == source.read(part).data_ptr()
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 300), cols=st.integers(1, 300), block=st.sampled_from([16, 128]), fused=st.booleans())
+def test_partial_blocks(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, cols: int, block: int, fused: bool
+) -> None:
+    path = tmp_path_factory.mktemp("fp8") / "model.safetensors"
+    lead = (3,) if fused else ()
+    scale = torch.rand(*lead, -(-rows // block), -(-cols // block))
+    weight = torch.randn(*lead, rows, cols).to(torch.float8_e4m3fn)
+    save_file({"w": weight, "w_scale_inv": scale}, path)
+    at_row, at_col = torch.arange(rows) // block, torch.arange(cols) // block
+    want = weight.float() * scale[..., at_row, :][..., at_col]
+    assert torch.equal(values(SafetensorsSource(path, block=block), "w"), want)
+
+
+def test_large_fp8_is_decoded_in_chunks(tmp_path: Path) -> None:
+    weight = torch.randn(2100, 1030).to(torch.float8_e4m3fn)  # more than one chunk of 2^20 values, partial blocks
+    scale = torch.rand(17, 9)
+    save_file({"w": weight, "w_scale_inv": scale}, tmp_path / "model.safetensors")
+    want = weight.float() * scale.repeat_interleave(128, 0)[:2100].repeat_interleave(128, 1)[:, :1030]
+    assert torch.equal(values(SafetensorsSource(tmp_path), "w"), want)
+
+
+def test_fused_tensors_and_scalars_pass_through(tmp_path: Path) -> None:
+    tensors = {"a.experts.gate_up_proj": torch.randn(2, 6, 4).half(), "s": torch.tensor(3.0), "none": torch.empty(0, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    for key, want in tensors.items():
+        assert torch.equal(values(source, key), want.float()), key
+
+
+def test_missing_expert(tmp_path: Path) -> None:
+    names = ("0.gate_proj", "0.up_proj", "2.gate_proj", "2.up_proj", "999999.gate_proj")
+    save_file({f"mlp.experts.{n}.weight": torch.zeros(4, 4) for n in names}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelFileError, match=r"'mlp.experts.1.gate_proj.weight' is missing"):
+        SafetensorsSource(tmp_path).parts("mlp.experts.gate_up_proj")
+
+
+def test_experts_of_different_sizes(tmp_path: Path) -> None:
+    tensors = {f"mlp.experts.{e}.down_proj.weight": torch.zeros(4, 4 + e) for e in range(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelFileError, match=r"hold 36 values, shape .* needs 40"):
+        SafetensorsSource(tmp_path).spec("mlp.experts.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"w": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, "is FP8, but there is no 'w_scale_inv'"),
+        ({"w": torch.zeros(4, 4).to(torch.float8_e4m3fn), "w_scale_inv": torch.zeros(2, 1)}, r"need F32 \[1, 1\]"),
+        ({"w": torch.zeros(4, 4, dtype=torch.int64)}, "'w' is I64; known are"),
+    ],
+)
+def test_tensors_that_cannot_be_decoded(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelFileError, match=message):
+        SafetensorsSource(tmp_path).parts("w")
+
+
+# ---- hostile files
+
+
+def refused(path: Path, target: Path) -> str:
+    tracemalloc.start()
+    start = time.perf_counter()
+    with pytest.raises(ModelFileError) as caught:
+        SafetensorsSource(path)
+    seconds, peak_bytes = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds < 1 and peak_bytes < 100 << 20 and str(target) in str(caught.value)
+    assert len(str(caught.value)) < 1500
+    return str(caught.value)
+
+
+def file_of(header: object, data_bytes: int = 32, length: int | None = None) -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + bytes(data_bytes)
+
+
+def tensor(begin: object = 0, end: object = 32, shape: object = None, dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": [8] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "empty"),
+    "seven bytes": (bytes(7), "7 bytes"),
+    "header 2^63": (file_of({}, length=1 << 63), "header length 9223372036854775808"),
+    "header past the end": (file_of({}, length=100), "header length 100"),
+    "bad JSON": (file_of(b'{"a": '), "not valid JSON"),
+    "not UTF-8": (file_of(b'{"\xff": 1}'), "not valid JSON"),
+    "deep JSON": (file_of(b"[" * 100_000), "not valid JSON"),
+    "a list": (file_of([]), "must be a JSON object"),
+    "huge number": (file_of(b'{"a": ' + b"9" * 10_000 + b"}"), "not valid JSON"),
+    "NaN": (file_of(b'{"a": NaN}'), "NaN"),
+    "name twice": (file_of(b'{"a": {}, "a": {}}'), "'a' occurs twice"),
+    "no object": (file_of({"a": 3}), "must be an object"),
+    "unknown dtype": (file_of({"a": tensor(dtype="F7")}), "dtype 'F7'"),
+    "dtype list": (file_of({"a": tensor(dtype=["F32"])}), "dtype"),
+    "negative shape": (file_of({"a": tensor(shape=[-8])}), "shape"),
+    "float shape": (file_of({"a": tensor(shape=[8.0])}), "shape"),
+    "bool shape": (file_of({"a": tensor(shape=[True])}), "shape"),
+    "shape 2^62": (file_of({"a": tensor(shape=[1 << 62])}), "shape"),
+    "shape overflows": (file_of({"a": tensor(shape=[1 << 61, 8, 1 << 61])}), "bits"),
+    "reversed offsets": (file_of({"a": tensor(32, 0)}), "must be in order"),
+    "negative offsets": (file_of({"a": tensor(-32, 0)}), "must be in order"),
+    "past the end": (file_of({"a": tensor(0, 64, [16])}), "cut off or damaged"),
+    "text offsets": (file_of({"a": tensor("0", "32")}), "two integers"),
+    "wrong size": (file_of({"a": tensor(0, 32, [4])}), "F32 [4] takes 128 bits, its data 256"),
+    "overlap": (file_of({"a": tensor(), "b": tensor()}), "the tensor before it ends"),
+    "partial overlap": (file_of({"a": tensor(), "b": tensor(16, 48)}, 48), "the tensor before it ends"),
+    "hole": (file_of({"a": tensor(16, 48)}, 48), "the tensor before it ends"),
+    "trailing bytes": (file_of({"a": tensor()}, 64), "the last tensor ends"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile(tmp_path: Path, case: str) -> None:
+    raw, message = HOSTILE[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw)
+    assert message in refused(path, path)
+
+
+def test_cut_at_every_byte(tmp_path: Path) -> None:
+    raw = file_of({"a": tensor(), "__metadata__": {"format": "pt"}})
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw)
+    assert list(SafetensorsSource(path).keys()) == ["a"]
+    for size in range(len(raw)):
+        path.write_bytes(raw[:size])
+        with pytest.raises(ModelFileError, match=r"model\.safetensors"):
+            SafetensorsSource(path)
+
+
+def with_index(folder: Path, weight_map: object) -> Path:
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "file", ["../../etc/passwd", "../x.safetensors", "/etc/passwd", "/tmp/x.safetensors", "a/b.safetensors",
+             "a\\b.safetensors", "..", "", "x.bin", "x\0.safetensors", 7, None, ["x.safetensors"]]
+)  # fmt: skip
+def test_index_that_leaves_the_folder(tmp_path: Path, file: object) -> None:
+    assert "in the same folder" in refused(with_index(tmp_path, {"w": file}), tmp_path / INDEX)
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [], "x"])
+def test_index_without_a_map(tmp_path: Path, weight_map: object) -> None:
+    assert "weight_map" in refused(with_index(tmp_path, weight_map), tmp_path / INDEX)
+
+
+def test_missing_shards_are_named(tmp_path: Path) -> None:
+    index = json.loads((FP8 / INDEX).read_text())["weight_map"]
+    shutil.copy(FP8 / "model-00001-of-00002.safetensors", tmp_path)
+    message = refused(with_index(tmp_path, index), tmp_path / INDEX)
+    assert "1 of 2 shards are missing: model-00002-of-00002.safetensors" in message
+
+
+def test_swapped_shards_are_named(tmp_path: Path) -> None:
+    names = ("a.safetensors", "b.safetensors")
+    for tensor_name, file in zip("ab", reversed(names), strict=True):
+        save_file({tensor_name: torch.zeros(2)}, tmp_path / file)
+    message = refused(with_index(tmp_path, {"a": names[0], "b": names[1]}), tmp_path / names[0])
+    assert "lacks 1 tensors that the index promises, e.g. 'a'" in message
+
+
+def test_tensors_beside_the_index_are_unused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2), "stray": torch.zeros(2)}, tmp_path / "x.safetensors")
+    source = SafetensorsSource(with_index(tmp_path, {"a": "x.safetensors"}))
+    assert list(source.keys()) == ["a"] and source.unused() == ("stray",)
+
+
+def test_folders_without_a_clear_file(tmp_path: Path) -> None:
+    assert "no safetensors file" in refused(tmp_path, tmp_path)
+    assert "no such file or folder" in refused(tmp_path / "x", tmp_path / "x")
+    for name in "ab":
+        save_file({name: torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    assert "2 safetensors files, but no model.safetensors.index.json" in refused(tmp_path, tmp_path)
+
+
+def test_opening_reads_only_the_header(tmp_path: Path) -> None:
+    size = 32 << 30  # a sparse file
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(file_of({"w": tensor(0, size, [size // 128, 32])}, 0))
+    with path.open("r+b") as file:
+        file.truncate(file.seek(0, 2) + size)
+    start = time.perf_counter()
+    source = SafetensorsSource(path)
+    assert source.read(source.parts("w")[0])[-1].sum() == 0 and time.perf_counter() - start < 1

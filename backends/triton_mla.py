@@ -1,6 +1,6 @@
 """Triton kernels of multi-head latent attention (MLA) over a paged latent cache, for a GPU.
 
-The op, its ragged rows and the cache are defined in `ktcompile/mla_reference.py`. Three kernels and a merge:
+The op, its ragged rows and the cache are defined in `ktcompile/ops/mla.py`. Three kernels and a merge:
 
     latent_append   one program a row: copy it to its slot
     latent_write    the same, fused with RMSNorm and the rotation of key and queries
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ktcompile.mla_reference import MLAShape
+from ktcompile.ops.mla import MLAShape
 
 # Triton has no type information, and may be missing: `Any` starts and ends here.
 try:
@@ -318,7 +318,7 @@ def _merge(
     SPLITS: constexpr,
     SPLITS_PAD: constexpr,
 ) -> None:
-    """Program (row, block of columns): the mean of the partial results weighted by exp2(lse); zeros if all are empty."""
+    """Program (row, block of columns): the partial results weighted by exp2(lse); zeros if all are empty."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, SPLITS_PAD).to(tl.int64) * rows + row
@@ -425,7 +425,8 @@ def latent_write(
     with torch.cuda.device(pool.get_device()):
         _write_rows[(tokens, 1 + -(-heads // head_block))](
             kv, kv.stride(0), q_rope, q_rope.stride(0), q_rope.stride(1), rotated, norm, cos, sin,
-            cos.stride(0), sin.stride(0), shape.eps, pool, page_table, page_table.stride(0), seq_len, query_start, seq_len.shape[0],
+            cos.stride(0), sin.stride(0), shape.eps,
+            pool, page_table, page_table.stride(0), seq_len, query_start, seq_len.shape[0],
             HEADS=heads, LORA=shape.lora, LORA_PAD=_power_of_two(shape.lora), ROPE=rope,
             HALF_PAD=_power_of_two(rope // 2), PAGE=pool.shape[1], REQUESTS_PAD=_power_of_two(seq_len.shape[0] + 1),
             INTERLEAVED=shape.interleaved, HEAD_BLOCK=head_block,

@@ -23,7 +23,7 @@ import torch
 
 from ktcompile.backends import triton_mla
 from ktcompile.backends.triton_mla import Tiles, choose_tiles, mla_attend, processors_of
-from ktcompile.mla_reference import attend_reference
+from ktcompile.ops.mla import attend_reference
 
 HEADS, LORA, ROPE, PAGE, DTYPE = 128, 512, 64, 64, torch.bfloat16
 SCALE = (128 + ROPE) ** -0.5

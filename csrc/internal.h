@@ -109,6 +109,7 @@ typedef struct kt_kernels {
 #define KT_ALL_TYPES (1u << KT_F32 | 1u << KT_BF16 | 1u << KT_Q8_0 | 1u << KT_Q5_0 | 1u << KT_Q4_K | 1u << KT_Q6_K)
 
 extern const kt_kernels kt_kernels_scalar;
+void kt_prepare_f32(const float *src, size_t n, uint8_t *dst);
 #if defined(__x86_64__)
 extern const kt_kernels kt_kernels_avx2, kt_kernels_avx512, kt_kernels_avx512_bf16, kt_kernels_avx512_vnni, kt_kernels_amx;
 void kt_dot_avx512_bf16(const kt_dot *dot);

@@ -11,7 +11,7 @@
 
 static size_t panel_bytes(size_t cols) { return kt_chunks(cols) * KT_CHUNK * sizeof(float); }
 
-static void prepare(const float *src, size_t n, uint8_t *dst) {
+void kt_prepare_f32(const float *src, size_t n, uint8_t *dst) {
     memcpy(dst, src, n * sizeof(float));
     memset(dst + n * sizeof(float), 0, (kt_chunks(n) * KT_CHUNK - n) * sizeof(float));
 }
@@ -50,5 +50,5 @@ static void dot(const kt_dot *dot) {
 
 const kt_kernels kt_kernels_scalar = {
     .types = KT_ALL_TYPES, .act_chunk_bytes = 4 * KT_CHUNK, .panel_bytes = panel_bytes,
-    .prepare = prepare, .activate = activate, .dot = dot,
+    .prepare = kt_prepare_f32, .activate = activate, .dot = dot,
 };

@@ -195,7 +195,7 @@ def annotate_weights(gm: fx.GraphModule, source: WeightSource | None, known: Seq
         spec = source.spec(key)
         if tuple(spec.shape) != tuple(value.shape):
             raise ModelFileError(f"{key} is {list(spec.shape)} in the model file; the configuration says {list(value.shape)}")
-        node.meta.update(nbytes=spec.nbytes, encoding=spec.encoding)
+        node.meta.update(nbytes=spec.nbytes, encoding=spec.encoding, source=source)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -75,7 +75,8 @@ class Plan:
 
     def _head(self) -> Iterator[str]:
         plural = "token" if self.tokens == 1 else "tokens"
-        yield f"# {self.model}, {self.phase}: {self.tokens} {plural} a step, {self.context} of context"
+        context = f", {self.context} of context" if self.context else ""
+        yield f"# {self.model}, {self.phase}: {self.tokens} {plural} a step{context}"
         if self.after:
             yield f"# after {self.after}"
         width = max((len(u.device) for u in self.uses), default=0)
@@ -135,9 +136,11 @@ def _names(gm: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def _input_name(name: str) -> str:
-    """An input as the page names it: a page pool is its layer's cache."""
-    pool = re.fullmatch(r"cache\.layers\.(\d+)\.pool", name)
-    return f"L{pool[1]}.cache" if pool else name
+    """An input as the page names it: state of a layer is the layer's (`L3.cache`, `L3.keys`)."""
+    state = re.fullmatch(r".*(?:cache|past_key_values)\.layers\.(\d+)\.(\w+)", name)
+    if state:
+        return f"L{state[1]}.{'cache' if state[2] == 'pool' else state[2]}"
+    return name.removeprefix("kwargs.")
 
 
 _BOOKKEEPING = {"cache.page_table", "cache.seq_len", "cache.query_start"}

@@ -29,7 +29,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
 
 from ktcompile.backends import triton_mla as kernels
 from ktcompile.backends.triton_mla import Processors, Tiles
-from ktcompile.mla_reference import MLAShape, append_reference, attend_reference, mla_reference
+from ktcompile.ops.mla import MLAShape, append_reference, attend_reference, mla_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
@@ -371,6 +371,9 @@ class Recorder:
                 signature[name] = "constexpr"
                 continue
             value = arguments[i]
+            if isinstance(value, int) and value == 1:  # the launcher makes a constant of it
+                signature[name], constants[name] = "constexpr", 1
+                continue
             tensor = isinstance(value, Tensor)
             scalar = "fp32" if isinstance(value, float) else "i32"
             signature[name] = dtypes[str(value.dtype).removeprefix("torch.")] if tensor else scalar
@@ -392,14 +395,14 @@ def compile_for_hopper() -> None:
     here.interpreted = lambda: False
     here.processors_of = lambda device: H100
     deepseek = MLAShape(128, 128, 64, 128, 512, 0.1, True, 1e-6)
-    for shape, page, dtype in ((deepseek, 64, torch.bfloat16), (SHAPE, 16, torch.float16)):
+    for shape, n, page, dtype in ((deepseek, 1, 64, torch.bfloat16), (SHAPE, 2, 16, torch.float16)):
         width = shape.lora + shape.rope
-        step = make_step([(2000, 1), (3, 1)], width, page, dtype)
-        kernels.latent_append(*step.cache, randn(2, width, dtype=dtype))
-        q_rope, angle = randn(2, shape.heads, shape.rope, dtype=dtype), randn(2, shape.rope, dtype=dtype)
-        norm, kv = randn(shape.lora, dtype=dtype), randn(2, width, dtype=dtype)
+        step = make_step([(2000, 1)] * n, width, page, dtype)
+        kernels.latent_append(*step.cache, randn(n, width, dtype=dtype))
+        q_rope, angle = randn(n, shape.heads, shape.rope, dtype=dtype), randn(n, shape.rope, dtype=dtype)
+        norm, kv = randn(shape.lora, dtype=dtype), randn(n, width, dtype=dtype)
         kernels.latent_write(kv, q_rope, norm, angle, angle, shape, *step.cache)
-        q_latent = randn(2, shape.heads, shape.lora, dtype=dtype)
+        q_latent = randn(n, shape.heads, shape.lora, dtype=dtype)
         kernels.mla_attend(q_latent, q_rope, *step.cache, shape.scale, max_queries=1)
     step = make_step([(0, 300)], 576, 64, torch.bfloat16, torch.int64)
     queries = randn(300, 20, 512, dtype=torch.bfloat16), randn(300, 20, 64, dtype=torch.bfloat16)

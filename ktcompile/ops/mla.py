@@ -1,12 +1,154 @@
-"""mla: a whole multi-head latent attention block over a paged latent cache."""
+"""mla: a whole block of multi-head latent attention over a paged latent cache, defined in plain torch.
+
+The op is ragged. One step brings `tokens` rows of several requests, packed one after the other: request `r` owns the
+rows `query_start[r]:query_start[r + 1]`, none, one (decode) or many (prefill). Rows at or past `query_start[-1]` are
+padding: they are not stored, and attend to nothing (zeros).
+
+    pool         [pages, page, lora + rope]   one layer; a row is the normalised latent, then the rotated key
+    page_table   [requests, P]                the pages of each request, in order; int32 or int64
+    seq_len      [requests]                   tokens each request had stored before this step
+    query_start  [requests + 1]               cumulative token counts of this step
+
+All arithmetic is float32, nothing is read back to the host, and every device works. Kernels are compared with this
+file. Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1) and `DeepseekV3Attention` in Hugging Face transformers.
+"""
 import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from ktcompile.graph import Site, value_of
-from ktcompile.mla_reference import MLAShape, mla_reference
 from ktcompile.ops.base import LIBRARY, Binding, Bound, Op, calls, roles_of
+
+
+@dataclass(frozen=True)
+class MLAShape:
+    """Attributes of one attention block; sizes in elements, `scale` with YaRN's correction already in it."""
+
+    heads: int
+    nope: int  # part of a query or key head that is not rotated
+    rope: int  # part that is rotated; the key's is shared by all heads
+    v: int  # value head
+    lora: int  # latent
+    scale: float
+    interleaved: bool  # rotary pairs are (0, 1), (2, 3) ... as DeepSeek stores them; else (0, rope / 2) ...
+    eps: float  # of both RMSNorms
+
+
+def owner_reference(query_start: Tensor, tokens: int) -> Tensor:
+    """The request of each row, `[tokens]` int64; `requests` (one past the last) for padding."""
+    rows = torch.arange(tokens, device=query_start.device, dtype=query_start.dtype)
+    return torch.searchsorted(query_start.contiguous(), rows, right=True) - 1
+
+
+def append_reference(pool: Tensor, page_table: Tensor, seq_len: Tensor, query_start: Tensor, rows: Tensor) -> None:
+    """Write row `i` of request `r` at position `seq_len[r] + i`; `rows` is `[tokens, lora + rope]`."""
+    if seq_len.numel() == 0 or rows.shape[0] == 0:
+        return
+    page = pool.shape[1]
+    owner = owner_reference(query_start, rows.shape[0])
+    owned = owner < seq_len.shape[0]
+    request = owner.clamp(max=seq_len.shape[0] - 1)
+    index = torch.arange(rows.shape[0], device=rows.device) - query_start[request]
+    position = torch.where(owned, seq_len[request] + index, 0)
+    slot = page_table[request, position // page].long() * page + position % page
+    # Boolean indexing would wait for the device. Padding repeats the first row's write instead; if that is padding
+    # too (padding comes last, so all rows are), slot 0 is written with what it holds.
+    flat = pool.view(-1, pool.shape[2])
+    first = torch.where(owned[0], rows[0].to(pool.dtype), flat[0])
+    slot = torch.where(owned, slot, torch.where(owned[0], slot[0], 0))
+    flat[slot] = torch.where(owned[:, None], rows.to(pool.dtype), first)
+
+
+def attend_reference(
+    q_latent: Tensor,  # [tokens, heads, lora]
+    q_rope: Tensor,  # [tokens, heads, rope]
+    pool: Tensor,
+    page_table: Tensor,
+    seq_len: Tensor,
+    query_start: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of query `i` of request `r` over the positions `0 .. seq_len[r] + i`, `[tokens, heads, lora]`.
+
+    The step's own rows are already in the pool. Slots past those positions are never used, whatever they hold.
+    """
+    tokens, _, lora = q_latent.shape
+    if seq_len.numel() == 0 or tokens == 0:
+        return torch.zeros_like(q_latent)
+    owner = owner_reference(query_start, tokens)
+    request = owner.clamp(max=seq_len.shape[0] - 1)
+    index = torch.arange(tokens, device=pool.device) - query_start[request]
+    limit = torch.where(owner < seq_len.shape[0], seq_len[request] + index + 1, 0)  # [tokens]
+
+    cached = pool[page_table.long()].flatten(1, 2)[request].float()  # [tokens, P * page, lora + rope]
+    seen = torch.arange(cached.shape[1], device=pool.device) < limit[:, None]
+    cached = torch.where(seen[..., None], cached, 0)  # 0 * NaN is NaN
+    query = torch.cat([q_latent, q_rope], -1).float()
+    scores = torch.einsum("thd,tsd->ths", query, cached) * scale
+    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+    weights = torch.where(seen[:, None], weights, 0)  # a row that sees nothing is 0 / 0
+    return torch.einsum("ths,tsl->thl", weights, cached[..., :lora]).to(q_latent.dtype)
+
+
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate `x [tokens, ..., rope]`; `cos` and `sin` are `[tokens, rope]`, two equal halves, as Hugging Face has them.
+
+    The result has all first elements of the pairs, then all second ones, also when the input is interleaved.
+    """
+    half = x.shape[-1] // 2
+    broadcast = (x.shape[0], *[1] * (x.dim() - 2), half)
+    cos, sin = (t[..., :half].float().view(broadcast) for t in (cos, sin))
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    first, second = first.float(), second.float()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def mla_reference(
+    hidden: Tensor,  # [..., H], flattened to [tokens, H]
+    cos: Tensor,  # [..., rope]
+    sin: Tensor,
+    weights: Mapping[str, Tensor],
+    shape: MLAShape,
+    pool: Tensor,
+    page_table: Tensor,
+    seq_len: Tensor,
+    query_start: Tensor,
+) -> Tensor:
+    """The whole attention block: projections, norms, rotation, append, attention, output; shaped like `hidden`.
+
+    `weights` is keyed by the names of the model without `.weight`: `q_proj`, or `q_a_proj`, `q_a_layernorm` and
+    `q_b_proj`; `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`, `o_proj`; a bias is `q_a_proj.bias` and so on.
+    """
+
+    def linear(x: Tensor, role: str) -> Tensor:
+        bias = weights.get(f"{role}.bias")
+        return functional.linear(x, weights[role].float(), None if bias is None else bias.float())
+
+    def norm(x: Tensor, role: str) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + shape.eps) * weights[role].float()
+
+    x = hidden.reshape(-1, hidden.shape[-1]).float()
+    cos, sin = cos.reshape(-1, shape.rope), sin.reshape(-1, shape.rope)
+    tokens = x.shape[0]
+
+    plain = "q_proj" in weights
+    query = linear(x, "q_proj") if plain else linear(norm(linear(x, "q_a_proj"), "q_a_layernorm"), "q_b_proj")
+    q_nope, q_rope = query.view(tokens, shape.heads, -1).split_with_sizes([shape.nope, shape.rope], -1)
+    latent, k_rope = linear(x, "kv_a_proj_with_mqa").split_with_sizes([shape.lora, shape.rope], -1)
+    rows = torch.cat([norm(latent, "kv_a_layernorm"), rope_reference(k_rope, cos, sin, shape.interleaved)], -1)
+    append_reference(pool, page_table, seq_len, query_start, rows)
+
+    up = weights["kv_b_proj"].float().view(shape.heads, shape.nope + shape.v, shape.lora)
+    w_uk, w_uv = up.split_with_sizes([shape.nope, shape.v], 1)
+    q_latent = torch.einsum("thn,hnl->thl", q_nope, w_uk)
+    q_rope = rope_reference(q_rope, cos, sin, shape.interleaved)
+    mixed = attend_reference(q_latent, q_rope, pool, page_table, seq_len, query_start, shape.scale)
+    values = torch.einsum("thl,hvl->thv", mixed, w_uv)
+    return linear(values.reshape(tokens, -1), "o_proj").view(hidden.shape).to(hidden.dtype)
 
 
 def _mla(hidden: Tensor, cos: Tensor, sin: Tensor, pool: Tensor, page_table: Tensor, seq_len: Tensor,
@@ -93,10 +235,17 @@ def _shape(site: Site, attend: fx.Node) -> MLAShape | None:
     scale = attend.kwargs.get("scale")
     if not eps:
         return None
-    # Interleaved pairs are un-interleaved by a view to [..., rope / 2, 2] and a transpose of the last two axes.
-    interleaved = any(n.args[1:] == (4, 3) for n in site.nodes if n.target == "transpose")
+    interleaved = any(_parts_pairs(n) for n in site.nodes)
     return MLAShape(heads, nope, rope, value, lora, float(scale) if scale is not None else float(query[3]) ** -0.5,
                     interleaved, float(eps[0]))
+
+
+def _parts_pairs(node: fx.Node) -> bool:
+    """Whether a node takes interleaved pairs apart: `x[..., 0::2]`, or a view to pairs and `transpose(4, 3)`."""
+    if node.target == "transpose":
+        return node.args[1:] == (4, 3)
+    index = node.args[1] if node.target is operator.getitem and len(node.args) > 1 else None
+    return isinstance(index, tuple) and any(isinstance(i, slice) and i.step == 2 for i in index)
 
 
 def _define(binding: Binding, leaves: tuple[str, ...]) -> fx.Graph:

@@ -1,0 +1,180 @@
+"""encoded: any region on a GPU, its weights kept in the encoding of the model file and decoded at each call."""
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, regions, value_of
+from ktcompile.backends.reference import plain_cost
+from ktcompile.verify import gib
+from ktcompile.weights import Part, WeightSource, values
+
+# ------------------------------------------------------------------------------------------------ decoders
+# uint8 blocks [n, block bytes] to float32 [n, block values], on any device. Formats: ggml-quants.c of llama.cpp.
+
+
+def _half(raw: Tensor) -> Tensor:
+    return raw.contiguous().view(torch.float16).float()  # [n, 1]
+
+
+def _nibbles(raw: Tensor) -> Tensor:
+    """`[..., b]` bytes to `[..., 2, b]`: low halves, then high halves."""
+    return torch.stack([raw & 15, raw >> 4], -2)
+
+
+def _bits(raw: Tensor) -> Tensor:
+    """`[n, 4]` bytes to their 32 bits, lowest first."""
+    return (raw[..., None] >> torch.arange(8, device=raw.device, dtype=torch.uint8) & 1).flatten(-2)
+
+
+def _q8_0(b: Tensor) -> Tensor:
+    return _half(b[:, :2]) * b[:, 2:].view(torch.int8).float()
+
+
+def _q4_0(b: Tensor) -> Tensor:
+    return _half(b[:, :2]) * (_nibbles(b[:, 2:]).flatten(1).float() - 8)
+
+
+def _q5_0(b: Tensor) -> Tensor:
+    return _half(b[:, :2]) * ((_nibbles(b[:, 6:]).flatten(1) | _bits(b[:, 2:6]) << 4).float() - 16)
+
+
+def _scales(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """The eight 6-bit scales and eight 6-bit minima of a K block, `[n, 8]` each."""
+    d, m, dm = raw.view(-1, 3, 4).unbind(1)
+    scale = torch.cat([d & 63, dm & 15 | d >> 2 & 48], -1)
+    low = torch.cat([m & 63, dm >> 4 | m >> 2 & 48], -1)
+    return scale.float(), low.float()
+
+
+def _q4_k(b: Tensor) -> Tensor:
+    scale, low = _scales(b[:, 4:16])
+    q = _nibbles(b[:, 16:].view(-1, 4, 32)).flatten(1, 2).float()  # [n, 8, 32]
+    return (_half(b[:, :2])[..., None] * scale[..., None] * q - _half(b[:, 2:4])[..., None] * low[..., None]).flatten(1)
+
+
+def _q5_k(b: Tensor) -> Tensor:
+    scale, low = _scales(b[:, 4:16])
+    shifts = torch.arange(8, device=b.device, dtype=torch.uint8)[:, None]
+    high = b[:, None, 16:48] >> shifts & 1  # [n, 8, 32]
+    q = (_nibbles(b[:, 48:].view(-1, 4, 32)).flatten(1, 2) | high << 4).float()
+    return (_half(b[:, :2])[..., None] * scale[..., None] * q - _half(b[:, 2:4])[..., None] * low[..., None]).flatten(1)
+
+
+def _q6_k(b: Tensor) -> Tensor:
+    low = _nibbles(b[:, :128].view(-1, 2, 64)).flatten(1, 2)  # [n, 4, 64]
+    shifts = torch.tensor([0, 2, 4, 6], device=b.device, dtype=torch.uint8)[:, None]
+    high = (b[:, 128:192].view(-1, 2, 1, 32) >> shifts & 3).flatten(1, 2).view(-1, 4, 64)
+    q = (low | high << 4).view(torch.int8).float() - 32
+    scale = b[:, 192:208].contiguous().view(torch.int8).float()
+    return (_half(b[:, 208:210])[..., None] * scale[..., None] * q.view(-1, 16, 16)).flatten(1)
+
+
+DECODERS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "q4_0": (18, _q4_0), "q5_0": (22, _q5_0), "q8_0": (34, _q8_0), "q4_k": (144, _q4_k), "q5_k": (176, _q5_k),
+    "q6_k": (210, _q6_k),
+}
+"""Encoding -> (bytes a block, decoder)."""
+
+
+def decode_rows(raw: Tensor, encoding: str) -> Tensor:
+    """Decode uint8 `[..., row bytes]` to float32 `[..., cols]`, where `raw` is."""
+    size, blocks = DECODERS[encoding]
+    return blocks(raw.reshape(-1, size)).view(*raw.shape[:-1], -1)
+
+
+# ------------------------------------------------------------------------------------------------ weights kept encoded
+
+def keepable(source: WeightSource | None, key: str) -> bool:
+    """Whether a parameter can stay encoded: at most gate and up beside each other, block-quantised or FP8, as stored."""
+    if source is None:
+        return False
+    parts = source.parts(key)
+    return len(parts) <= 2 and not any(p.transpose for p in parts) and all(
+        p.spec.encoding in DECODERS or p.scale is not None for p in parts)
+
+
+def encoded_bytes(region: Region) -> int:
+    """Bytes of a region's weights with everything that can stay encoded left so."""
+    total = 0
+    for node in region.weights.values():
+        stays = keepable(node.meta.get("source"), node.meta["weight"])
+        total += int(node.meta["nbytes"]) if stays else int(value_of(node).nbytes)
+    return total
+
+
+def wasteful(region: Region, target: Target) -> str | None:
+    """Why a region's weights should rather be decoded once, or None."""
+    if not any(keepable(w.meta.get("source"), w.meta["weight"]) for w in region.weights.values()):
+        return "none of its weights is quantised as a whole"
+    home = str(region.home)
+    module = region.node.graph.owning_module
+    assert module is not None
+    memo: dict[str, int] = module.meta.setdefault("ktrans_decoded_bytes", {})
+    if home not in memo:
+        memo[home] = sum(int(value_of(w).nbytes) for r in regions(module) if r.home == home for w in r.weights.values())
+    room = int(target[home].capacity * 0.8)
+    return f"decoded, all weights of {home} are {gib(memo[home])} and fit" if memo[home] <= room else None
+
+
+def pack_encoded(parts: Parts, region: Region, target: Target) -> Packed:
+    """Weights on the region's home: raw parts (`leaf/0`, `leaf/1`, and `…/scale`) where they can stay, else decoded."""
+    device = target[region.home or ""].torch
+    tensors: dict[str, Tensor] = {}
+    plan: dict[str, tuple[Part, ...]] = {}
+    for leaf, key in parts.keys.items():
+        if not keepable(parts.source, key):
+            tensors[leaf] = values(parts.source, key, value_of(region.weights[leaf]).dtype).to(device)
+            continue
+        plan[leaf] = parts.source.parts(key)
+        for i, part in enumerate(plan[leaf]):
+            tensors[f"{leaf}/{i}"] = parts.source.read(part).to(device)
+            scale = parts.source.read_scale(part)
+            if scale is not None:
+                tensors[f"{leaf}/{i}/scale"] = scale.to(device)
+    dtypes = {leaf: value_of(node).dtype for leaf, node in region.weights.items()}
+    return Packed("encoded", tensors, (plan, dtypes))
+
+
+def decoded(packed: Packed, leaf: str) -> Tensor:
+    """One weight in the compute type, decoded now if it is kept encoded."""
+    plan, dtypes = packed.shape
+    if leaf not in plan:
+        return packed.tensors[leaf]
+    found = []
+    for i, part in enumerate(plan[leaf]):
+        raw = packed.tensors[f"{leaf}/{i}"]
+        if part.scale is None:
+            found.append(decode_rows(raw, part.spec.encoding).to(dtypes[leaf]))
+            continue
+        scale = packed.tensors[f"{leaf}/{i}/scale"].float()
+        wide = scale.repeat_interleave(128, -2)[..., :raw.shape[-2], :].repeat_interleave(128, -1)[..., :raw.shape[-1]]
+        found.append((raw.float() * wide).to(dtypes[leaf]))
+    return found[0] if len(found) == 1 else torch.cat(found, -2)
+
+
+class Encoded(Kernel):
+    """Decodes, then runs the captured code: slow, and as small as the file. For weights that would not fit decoded."""
+
+    name = "encoded"
+    op = "*"
+    device = "cuda"
+    layout = "encoded"
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        return wasteful(region, target)
+
+    def packed_bytes(self, region: Region) -> int:
+        return encoded_bytes(region)
+
+    def cost(self, region: Region, target: Target) -> Cost:
+        cost = plain_cost(region, self.packed_bytes(region))
+        plain = sum(int(value_of(w).nbytes) for w in region.weights.values())
+        return Cost(cost.nbytes + 2 * plain, cost.flops)  # decoded values are written and read
+
+    def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
+        return pack_encoded(parts, region, target)
+
+    def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Any:
+        return region.body(*inputs, *(decoded(packed, leaf) for leaf in region.leaves))

@@ -1,0 +1,68 @@
+"""mla on a GPU: the Triton kernels of `triton_mla`, with weights decoded once or kept encoded."""
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
+from ktcompile.backends.encoded import decoded, encoded_bytes, pack_encoded, wasteful
+from ktcompile.backends.reference import Reference
+from ktcompile.backends.triton_mla import mla, unavailable
+from ktcompile.kernel import CONTEXT, TOKENS
+from ktcompile.ops.mla import role
+
+
+class TritonMLA(Kernel):
+    """Paged, split-KV, ragged latent attention in Triton; projections through torch. Weights decoded once."""
+
+    name = "triton"
+    op = "mla"
+    device = "cuda"
+    layout = "plain"
+
+    def missing(self) -> str | None:
+        return unavailable()
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        return unavailable() if torch.cuda.is_available() else None
+
+    def packed_bytes(self, region: Region) -> int:
+        return Reference().packed_bytes(region)
+
+    def cost(self, region: Region, target: Target) -> Cost:
+        shape, tokens = region.binding.shape, TOKENS
+        weights = self.packed_bytes(region)
+        width = shape.lora + shape.rope
+        elements = sum(int(value_of(w).numel()) for w in region.weights.values())
+        pool = value_of(region.inputs[region.binding.roles["pool"]])
+        return Cost(weights + CONTEXT * width * pool.element_size(),
+                    2 * tokens * elements + 2 * tokens * (CONTEXT + tokens) * shape.heads * (width + shape.lora))
+
+    def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
+        return Reference().pack(parts, region, target)
+
+    def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
+        weights = {role(leaf): packed.tensors[leaf] for leaf in region.leaves}
+        hidden, cos, sin, *cache = inputs
+        return mla(hidden, cos, sin, weights, region.shape, *cache)
+
+
+class TritonMLAEncoded(TritonMLA):
+    """The same with weights in the file's encoding, decoded at each call: for those that would not fit decoded."""
+
+    name = "triton_encoded"
+    layout = "encoded"
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        return super().refuses(region, target) or wasteful(region, target)
+
+    def packed_bytes(self, region: Region) -> int:
+        return encoded_bytes(region)
+
+    def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
+        return pack_encoded(parts, region, target)
+
+    def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
+        weights = {role(leaf): decoded(packed, leaf) for leaf in region.leaves}
+        hidden, cos, sin, *cache = inputs
+        return mla(hidden, cos, sin, weights, region.shape, *cache)

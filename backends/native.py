@@ -1,0 +1,274 @@
+"""The native CPU kernels of csrc/kt.h, with tensors for pointers: routed experts, packing, and the worker pool.
+
+Instruction sets ("isa") are chosen by the caller, by name. Results depend on the precision family only (`FAMILY`), up to
+the order of sums; tests/tolerances.py has one bound a family. Tensors are on the CPU. The extension is loaded at first
+use, so this module imports where it is not built.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FAMILY = {
+    "scalar": "f32", "avx2": "f32", "avx512": "f32",
+    "avx512_bf16": "bf16", "amx": "bf16",
+    "avx512_vnni": "int8",
+}
+"""isa -> precision family: how activations and weights are rounded before they are multiplied."""
+
+TYPES = ("f32", "bf16", "q8_0", "q5_0", "q4_k", "q6_k")
+"""Storage types a kernel may take; the blocks are ggml's, along the last axis."""
+
+SOURCES = (*TYPES, "f16", "fp8_block128")
+"""Types `pack` reads; "fp8_block128" is e4m3 with a float32 scale for each 128 x 128 block."""
+
+_ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx")  # in the order of kt_isa
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")                               # in the order of kt_activation
+
+
+@cache
+def _native() -> Any:
+    return import_module("ktcompile._native")
+
+
+def _index(kind: str, name: str, allowed: tuple[str, ...]) -> int:
+    if name not in allowed:
+        raise ValueError(f"no {kind} {name!r}; there are {', '.join(allowed)}")
+    return allowed.index(name)
+
+
+def _pointer(kind: str, tensor: Tensor) -> Any:
+    return _native().ffi.cast(f"{kind} *", tensor.data_ptr())
+
+
+def _error(status: int) -> str:
+    return str(_native().ffi.string(_native().lib.kt_error(status)).decode())
+
+
+@cache
+def _missing(isa: str) -> str | None:
+    text = _native().lib.kt_isa_missing(_index("instruction set", isa, _ISAS))
+    return None if text == _native().ffi.NULL else str(_native().ffi.string(text).decode())
+
+
+def isas() -> dict[str, str | None]:
+    """Every instruction set -> None if it runs here, else the reason why not. Requests AMX tile state from the kernel."""
+    return {isa: _missing(isa) for isa in _ISAS}
+
+
+def refuses(isa: str, types: Iterable[str]) -> str | None:
+    """Why `isa` does not take weights of these storage types, or None. Says nothing about whether it runs here."""
+    number = _index("instruction set", isa, _ISAS)
+    for name in types:
+        if name not in TYPES:
+            return f"no kernel takes weights of type {name!r}"
+        if not _native().lib.kt_isa_takes(number, TYPES.index(name)):
+            return f"{isa} computes in {FAMILY[isa]} and does not take {name} weights"
+    return None
+
+
+class Pool:
+    """`threads` threads that live until `close`, the calling one included. One call at a time; others wait their turn.
+
+    Keeps the scratch memory of its calls, which grows to the largest. Unusable after fork() in the child.
+    """
+
+    def __init__(self, threads: int) -> None:
+        if not 1 <= threads <= 4096:
+            raise ValueError(f"a pool has 1 to 4096 threads, not {threads}")
+        handle = _native().lib.kt_pool_new(threads)
+        if handle == _native().ffi.NULL:
+            raise RuntimeError(f"could not start {threads} threads")
+        self.threads = threads
+        self._handle = handle
+        self._pid = os.getpid()
+        self._turn = threading.Lock()
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._finalizer = weakref.finalize(self, _native().lib.kt_pool_free, handle)
+
+    def close(self) -> None:
+        """Joins the threads. A second call does nothing; a kernel on a closed pool raises ValueError."""
+        self._finalizer()
+
+    def _check(self) -> None:
+        if not self._finalizer.alive:
+            raise ValueError("the pool is closed")
+        if self._pid != os.getpid():  # before the lock, which may have been held by another thread at the fork
+            raise RuntimeError(_error(_native().lib.KT_FORKED))
+
+    def _scratch_of(self, nbytes: int) -> Tensor:
+        if self._scratch.numel() < nbytes:
+            self._scratch = torch.empty(nbytes, dtype=torch.uint8)
+        return self._scratch
+
+
+def packed_bytes(type: str, rows: int, cols: int) -> int:
+    """Bytes of a packed [rows, cols] matrix. ValueError if `cols` is no multiple of the type's block."""
+    number = _index("storage type", type, TYPES)
+    if rows < 1 or cols < 1:
+        raise ValueError(f"a matrix of {rows} x {cols}")
+    nbytes = int(_native().lib.kt_packed_bytes(_native().lib.KT_SCALAR, number, rows, cols))
+    if not nbytes:
+        raise ValueError(f"{cols} columns are no multiple of the block of {type}")
+    return nbytes
+
+
+def _source_bytes(src: str, rows: int, cols: int) -> int:
+    widths = {"f16": 2, "fp8_block128": 1}
+    return rows * cols * widths[src] if src in widths else packed_bytes(src, rows, cols)
+
+
+def pack(
+    raw: Tensor, src: str, dst: str, rows: int, cols: int, scale: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Converts a row-major [rows, cols] matrix and returns its packed bytes, uint8 [packed_bytes(dst, rows, cols)].
+
+    Any source goes to "f32" or "bf16" (nearest even); a type of `TYPES` also to itself. `raw` holds exactly the source's
+    bytes, whatever its dtype. `scale` is float32 [ceil(rows / 128), ceil(cols / 128)], for "fp8_block128" only. `out`
+    receives the result if given. ValueError names what does not fit.
+    """
+    src_number = _index("source type", src, SOURCES)
+    dst_number = _index("storage type", dst, TYPES)
+    nbytes = packed_bytes(dst, rows, cols)
+    _need_bytes("raw", raw, _source_bytes(src, rows, cols))
+    scale_pointer = _native().ffi.NULL
+    if (scale is not None) != (src == "fp8_block128"):
+        raise ValueError(f"source type {src} {'needs a scale' if scale is None else 'takes no scale'}")
+    if scale is not None:
+        _need("scale", scale, torch.float32, (-(-rows // 128), -(-cols // 128)))
+        scale_pointer = _pointer("float", scale)
+    if out is None:
+        out = torch.empty(nbytes, dtype=torch.uint8)
+    _need("out", out, torch.uint8, (nbytes,))
+    status = _native().lib.kt_pack(
+        src_number, dst_number, rows, cols, _pointer("void", raw), scale_pointer, _pointer("void", out))
+    if status:
+        raise ValueError(f"cannot pack {src} as {dst}: {_error(status)}")
+    return out
+
+
+def dequantize(raw: Tensor, type: str, rows: int, cols: int) -> Tensor:
+    """The float32 [rows, cols] values of a matrix of any source type but "fp8_block128"."""
+    return pack(raw, type, "f32", rows, cols).view(torch.float32).view(rows, cols)
+
+
+@dataclass(frozen=True, eq=False)
+class MoeWeights:
+    """The packed experts of one layer; ValueError from the constructor names what does not fit.
+
+    gate, up and down are uint8 tensors whose first axis is the experts: [E, bytes] with the bytes of an expert
+    contiguous (any constant stride between experts). An expert's gate and up are [width, hidden], its down is
+    [hidden, width].
+    """
+
+    experts: int
+    hidden: int
+    width: int
+    activation: str
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_type: str
+    up_type: str
+    down_type: str
+    _struct: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise ValueError(f"experts is {self.experts}")
+        struct = _native().ffi.new("kt_moe *")
+        struct.experts, struct.hidden, struct.width = self.experts, self.hidden, self.width
+        struct.activation = _index("activation", self.activation, _ACTIVATIONS)
+        sizes = {"gate": (self.width, self.hidden), "up": (self.width, self.hidden), "down": (self.hidden, self.width)}
+        for name, (rows, cols) in sizes.items():
+            tensor, type_name = getattr(self, name), getattr(self, f"{name}_type")
+            nbytes = packed_bytes(type_name, rows, cols)
+            if tensor.dtype != torch.uint8 or tensor.device.type != "cpu" or tensor.dim() < 2:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+                                 f"not uint8 [{self.experts}, {nbytes}] on cpu")
+            if tensor.shape[0] != self.experts:
+                raise ValueError(f"{name} has {tensor.shape[0]} experts, not {self.experts}")
+            _need_bytes(f"an expert of {name}", tensor[0], nbytes)
+            if self.experts > 1 and tensor.stride(0) < nbytes:
+                raise ValueError(f"experts of {name} are {tensor.stride(0)} bytes apart and {nbytes} long")
+            setattr(struct, name, _pointer("void", tensor))
+            setattr(struct, f"{name}_stride_bytes", tensor.stride(0))
+            setattr(struct, f"{name}_type", TYPES.index(type_name))
+        object.__setattr__(self, "_struct", struct)
+
+    @property
+    def types(self) -> tuple[str, str, str]:
+        """Storage types of gate, up and down."""
+        return self.gate_type, self.up_type, self.down_type
+
+
+def _need(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"{name} is not contiguous on the CPU")
+
+
+def _need_bytes(name: str, tensor: Tensor, nbytes: int) -> None:
+    if tensor.numel() * tensor.element_size() != nbytes:
+        raise ValueError(f"{name} holds {tensor.numel() * tensor.element_size()} bytes, not {nbytes}")
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"{name} is not contiguous on the CPU")
+
+
+def moe(
+    pool: Pool, isa: str, weights: MoeWeights, x: Tensor, ids: Tensor, scores: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Routed experts: y[t] = sum_j scores[t, j] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])), e = ids[t, j].
+
+    x float32 [T, H], ids int64 [T, k], scores float32 [T, k], all contiguous; returns float32 [T, H], in `out` if given
+    (which shares no memory with the inputs). Experts repeated in a row add up. The result is the same to the bit for
+    any number of threads. ValueError names a shape, a dtype, an id out of range, an isa that refuses the weights or does
+    not run here.
+    """
+    reason = _missing(isa)
+    if reason is not None:
+        raise ValueError(f"{isa} does not run here: {reason}")
+    return _launch(pool, isa, weights, x, ids, scores, out)
+
+
+def _launch(
+    pool: Pool, isa: str, weights: MoeWeights, x: Tensor, ids: Tensor, scores: Tensor, out: Tensor | None = None
+) -> Tensor:
+    # `moe` without asking the CPU: an emulator has instructions that the CPU does not report.
+    native = _native()
+    if x.dim() != 2 or ids.dim() != 2:
+        raise ValueError(f"x has {x.dim()} dimensions and ids {ids.dim()}; both have 2")
+    tokens, top_k = ids.shape
+    _need("x", x, torch.float32, (tokens, weights.hidden))
+    _need("ids", ids, torch.int64, (tokens, top_k))
+    _need("scores", scores, torch.float32, (tokens, top_k))
+    if out is None:
+        out = torch.empty(tokens, weights.hidden)
+    _need("out", out, torch.float32, (tokens, weights.hidden))
+    reason = refuses(isa, weights.types)
+    if reason is not None:
+        raise ValueError(reason)
+    pool._check()
+    number, struct = _ISAS.index(isa), weights._struct
+    with pool._turn:
+        scratch_bytes = native.lib.kt_moe_scratch_bytes(pool._handle, struct, number, tokens, top_k)
+        scratch = pool._scratch_of(scratch_bytes)
+        status = native.lib.kt_moe_run(
+            pool._handle, struct, number, tokens, top_k, _pointer("float", x), _pointer("int64_t", ids),
+            _pointer("float", scores), _pointer("float", out), _pointer("void", scratch), scratch.numel())
+    if status == native.lib.KT_BAD_EXPERT:
+        raise ValueError(f"ids lie in [{int(ids.min())}, {int(ids.max())}], allowed is [0, {weights.experts})")
+    if status:
+        raise RuntimeError(f"kt_moe_run: {_error(status)}")
+    return out

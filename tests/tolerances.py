@@ -1,0 +1,7 @@
+"""How far a result may be from a float64 reference, as relative L2 error: one bound a precision family, none a test."""
+
+TOLERANCE = {
+    "f32": 3e-6,    # float products, sums of a few hundred in another order
+    "bf16": 8e-3,   # weights, activations and the hidden layer each rounded to 8 bits: 2**-9 each, and not independent
+    "int8": 3e-2,   # activations and the hidden layer in 8 bits with one scale for 32
+}

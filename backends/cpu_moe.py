@@ -23,11 +23,6 @@ _NEEDS = {
 _MATRICES = ("gate", "up", "down")
 
 
-def threads() -> int:
-    """Threads of a pool: the CPUs this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
 @cache
 def shared_pool(count: int) -> native.Pool:
     """The process's pool of `count` threads; parked when idle. Calls of several models take turns."""
@@ -111,7 +106,7 @@ class CpuMoe(Kernel):
         packed = {m: _pack(parts, m, shape, types[m]) for m in _MATRICES}
         weights = native.MoeWeights(shape.experts, shape.hidden, shape.width, shape.activation, *packed.values(),
                                     *(types[m] for m in _MATRICES))
-        return Packed(self.layout, packed, (weights, shared_pool(threads())))
+        return Packed(self.layout, packed, (weights, shared_pool(target[region.home or ""].threads or len(os.sched_getaffinity(0)))))
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
         x, ids, scores = inputs

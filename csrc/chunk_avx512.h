@@ -8,8 +8,7 @@ typedef struct { __m512 low, high; } floats32;
 
 KT_INLINE float half_to_float(const uint8_t *p) { return _cvtsh_ss(kt_read_u16(p)); }
 
-KT_INLINE header header_open(const int type, const uint8_t *block) {
-    header head;
+KT_INLINE void header_open(const int type, const uint8_t *block, header *head) {
     if (type == KT_Q4_K) {
         /* 6-bit scales and minima: the low 4 of each in place, those of the high 4 split into 4 + 2 bits. */
         const kt_block_q4_k *q = (const void *)block;
@@ -19,16 +18,17 @@ KT_INLINE header header_open(const int type, const uint8_t *block) {
         uint64_t minima = (b & 0x3f3f3f3f) | (uint64_t)((c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030)) << 32;
         __m256 scale = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)scales)));
         __m256 minimum = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)minima)));
-        _mm256_storeu_ps(head.scale, _mm256_mul_ps(scale, _mm256_set1_ps(half_to_float(q->d))));
-        _mm256_storeu_ps(head.minimum, _mm256_mul_ps(minimum, _mm256_set1_ps(half_to_float(q->dmin))));
+        _mm256_storeu_ps(head->scale, _mm256_mul_ps(scale, _mm256_set1_ps(half_to_float(q->d))));
+        _mm256_storeu_ps(head->minimum, _mm256_mul_ps(minimum, _mm256_set1_ps(half_to_float(q->dmin))));
+        KT_IN_MEMORY(*head);
     } else if (type == KT_Q6_K) {
         const kt_block_q6_k *q = (const void *)block;
         __m512 scale = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)q->scales)));
-        _mm512_storeu_ps(head.scale, _mm512_mul_ps(scale, _mm512_set1_ps(half_to_float(q->d))));
+        _mm512_storeu_ps(head->scale, _mm512_mul_ps(scale, _mm512_set1_ps(half_to_float(q->d))));
+        KT_IN_MEMORY(*head);
     } else if (type == KT_Q8_0 || type == KT_Q5_0) {
-        head.scale[0] = half_to_float(block);
+        head->scale[0] = half_to_float(block);
     }
-    return head;
 }
 
 /* The 32 6-bit numbers of sub-block s, less 32. */

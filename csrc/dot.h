@@ -8,11 +8,11 @@
  *             PANEL_ROWS x PANEL_TOKENS sums in registers, while those tokens stay in L1.
  *
  * The including file defines, before:
- *   header, header_open(type, block)               what the chunks of one block share (scales), decoded once
+ *   header, header_open(type, block, &header)            what the chunks of one block share (scales), decoded once
  *   chunk, chunk_load(type, block, &header, s)     weights 32 s to 32 s + 31 of a block
  *   sums, sums_zero(), sums_add(sums, chunk, act), sums_total(sums)
  *   chunk_store(chunk, dst)                        as NATIVE type
- *   NATIVE, ACT_BYTES (of 32 prepared activations), FEW, ROWS_1, ROWS_FEW, PANEL_ROWS, PANEL_TOKENS, PANEL_COLS
+ *   TAKES (bits of kt_type), NATIVE, ACT_BYTES (of 32 prepared activations), FEW, ROWS_1, ROWS_FEW, PANEL_ROWS, PANEL_TOKENS, PANEL_COLS
  */
 #include "internal.h"
 
@@ -35,7 +35,7 @@ KT_INLINE void products(const int type, const int rows, const int tokens, const 
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int t = 0; t < tokens; t++) sum[r][t] = sums_zero();
     for (size_t b = 0; b < blocks; b++) {
         header head[8];
-        UNROLL for (int r = 0; r < rows; r++) head[r] = header_open(type, w[r] + b * block_bytes);
+        UNROLL for (int r = 0; r < rows; r++) header_open(type, w[r] + b * block_bytes, &head[r]);
         UNROLL for (size_t s = 0; s < chunks; s++) {
             UNROLL for (int r = 0; r < rows; r++) {
                 chunk weights = chunk_load(type, w[r] + b * block_bytes, &head[r], (int)s);
@@ -77,7 +77,8 @@ KT_INLINE void fill_panel(const int type, const kt_dot *dot, size_t m, size_t co
         uint8_t *to = dot->panel + r * kt_row_bytes(NATIVE, PANEL_COLS);
         size_t blocks = cols / kt_block_weights(type);
         for (size_t b = 0; b < blocks; b++) {
-            header head = header_open(type, from + b * kt_block_bytes(type));
+            header head;
+            header_open(type, from + b * kt_block_bytes(type), &head);
             UNROLL for (size_t s = 0; s < chunks; s++)
                 chunk_store(chunk_load(type, from + b * kt_block_bytes(type), &head, (int)s), to + (b * chunks + s) * chunk_bytes);
         }
@@ -88,13 +89,14 @@ KT_INLINE void fill_panel(const int type, const kt_dot *dot, size_t m, size_t co
 
 static void few_tokens(int type, const kt_dot *dot, size_t m) {
 #define CASE(TYPE) case TYPE: \
+    if (!(TAKES >> TYPE & 1)) return; \
     if (dot->n_tokens == 1) stream(TYPE, ROWS_1, 1, dot, m); else stream(TYPE, ROWS_FEW, FEW, dot, m); return;
     switch (type) { CASE(KT_F32) CASE(KT_BF16) CASE(KT_Q8_0) CASE(KT_Q5_0) CASE(KT_Q4_K) CASE(KT_Q6_K) }
 #undef CASE
 }
 
 static void fill_panel_of(int type, const kt_dot *dot, size_t m, size_t col, size_t cols) {
-#define CASE(TYPE) case TYPE: fill_panel(TYPE, dot, m, col, cols); return;
+#define CASE(TYPE) case TYPE: if (TAKES >> TYPE & 1) fill_panel(TYPE, dot, m, col, cols); return;
     switch (type) { CASE(KT_F32) CASE(KT_BF16) CASE(KT_Q8_0) CASE(KT_Q5_0) CASE(KT_Q4_K) CASE(KT_Q6_K) }
 #undef CASE
 }

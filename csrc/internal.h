@@ -10,13 +10,21 @@
 #define KT_OUT 128           /* results a token of one kt_dot at most, over both matrices */
 #define KT_ALIGN 64
 
+/* Not a storage type: what avx512_vnni decodes all its types into, 32 numbers with a scale and a minimum. */
+enum { KT_UNPACKED = KT_TYPE_COUNT };
+
 #define KT_INLINE static inline __attribute__((always_inline))
+
+/* Keeps an array of scales in memory, where broadcasting one is a plain load. Left alone, gcc 12 puts it in one wide
+ * vector and shuffles; loading that right after its narrower stores stalls. */
+#define KT_IN_MEMORY(object) __asm__("" : "+m"(object))
 
 /* Blocks of ggml. Multi-byte fields are bytes: a row may start at any address. */
 typedef struct { uint8_t d[2]; int8_t q[32]; } kt_block_q8_0;
 typedef struct { uint8_t d[2]; uint8_t high[4]; uint8_t low[16]; } kt_block_q5_0;
 typedef struct { uint8_t d[2]; uint8_t dmin[2]; uint8_t scales[12]; uint8_t q[128]; } kt_block_q4_k;
 typedef struct { uint8_t low[128]; uint8_t high[64]; int8_t scales[16]; uint8_t d[2]; } kt_block_q6_k;
+typedef struct { uint8_t q[32]; float scale, minimum; } kt_block_unpacked;
 _Static_assert(sizeof(kt_block_q8_0) == 34 && sizeof(kt_block_q5_0) == 22, "no padding");
 _Static_assert(sizeof(kt_block_q4_k) == 144 && sizeof(kt_block_q6_k) == 210, "no padding");
 
@@ -30,6 +38,7 @@ KT_INLINE size_t kt_block_bytes(int type) {
     case KT_Q5_0: return sizeof(kt_block_q5_0);
     case KT_Q4_K: return sizeof(kt_block_q4_k);
     case KT_Q6_K: return sizeof(kt_block_q6_k);
+    case KT_UNPACKED: return sizeof(kt_block_unpacked);
     default: return KT_CHUNK;
     }
 }
@@ -112,7 +121,7 @@ extern const kt_kernels kt_kernels_scalar;
 void kt_prepare_f32(const float *src, size_t n, uint8_t *dst);
 #if defined(__x86_64__)
 extern const kt_kernels kt_kernels_avx2, kt_kernels_avx512, kt_kernels_avx512_bf16, kt_kernels_avx512_vnni, kt_kernels_amx;
-void kt_dot_avx512_bf16(const kt_dot *dot);
+void kt_dot_avx512_bf16(const kt_dot *dot);   /* for amx: few tokens */
 void kt_prepare_bf16(const float *src, size_t n, uint8_t *dst);
 void kt_activate_avx512(int activation, float *gate, const float *up, size_t n);
 #endif

@@ -11,8 +11,7 @@ typedef __m256 sums;
 
 KT_INLINE float half_to_float(const uint8_t *p) { return _cvtsh_ss(kt_read_u16(p)); }
 
-KT_INLINE header header_open(const int type, const uint8_t *block) {
-    header head;
+KT_INLINE void header_open(const int type, const uint8_t *block, header *head) {
     if (type == KT_Q4_K) {
         const kt_block_q4_k *q = (const void *)block;
         uint32_t a, b, c;  /* 6-bit numbers: the first 4 in place, the others split into 4 + 2 bits */
@@ -21,19 +20,20 @@ KT_INLINE header header_open(const int type, const uint8_t *block) {
         uint64_t minima = (b & 0x3f3f3f3f) | (uint64_t)((c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030)) << 32;
         __m256 scale = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)scales)));
         __m256 minimum = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)minima)));
-        _mm256_storeu_ps(head.scale, _mm256_mul_ps(scale, _mm256_set1_ps(half_to_float(q->d))));
-        _mm256_storeu_ps(head.minimum, _mm256_mul_ps(minimum, _mm256_set1_ps(half_to_float(q->dmin))));
+        _mm256_storeu_ps(head->scale, _mm256_mul_ps(scale, _mm256_set1_ps(half_to_float(q->d))));
+        _mm256_storeu_ps(head->minimum, _mm256_mul_ps(minimum, _mm256_set1_ps(half_to_float(q->dmin))));
+        KT_IN_MEMORY(*head);
     } else if (type == KT_Q6_K) {
         const kt_block_q6_k *q = (const void *)block;
         __m256 d = _mm256_set1_ps(half_to_float(q->d));
         for (int i = 0; i < 16; i += 8) {
             __m256i scales = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(q->scales + i)));
-            _mm256_storeu_ps(head.scale + i, _mm256_mul_ps(d, _mm256_cvtepi32_ps(scales)));
+            _mm256_storeu_ps(head->scale + i, _mm256_mul_ps(d, _mm256_cvtepi32_ps(scales)));
         }
+        KT_IN_MEMORY(*head);
     } else if (type == KT_Q8_0 || type == KT_Q5_0) {
-        head.scale[0] = half_to_float(block);
+        head->scale[0] = half_to_float(block);
     }
-    return head;
 }
 
 /* 32 signed numbers, times a scale for each 16, less a minimum. */
@@ -113,13 +113,14 @@ KT_INLINE float sums_total(sums sum) {
 }
 
 /* 8 sums, 4 parts of a chunk and an activation of the 16 registers. */
+enum { TAKES = KT_ALL_TYPES };
 enum { NATIVE = KT_F32, ACT_BYTES = 4 * KT_CHUNK, FEW = 4, ROWS_1 = 4, ROWS_FEW = 2, PANEL_ROWS = 2, PANEL_TOKENS = 4, PANEL_COLS = 1024 };
 #include "dot.h"
 
 static void activate(int activation, float *gate, const float *up, size_t n) { activate_all(activation, gate, up, n); }
 
 const kt_kernels kt_kernels_avx2 = {
-    .types = KT_ALL_TYPES, .act_chunk_bytes = ACT_BYTES, .panel_bytes = dot_panel_bytes,
+    .types = TAKES, .act_chunk_bytes = ACT_BYTES, .panel_bytes = dot_panel_bytes,
     .prepare = kt_prepare_f32, .activate = activate, .dot = dot_all,
 };
 #endif

@@ -22,13 +22,14 @@ KT_INLINE sums sums_add(sums sum, chunk weights, const uint8_t *act) {
 KT_INLINE float sums_total(sums sum) { return _mm512_reduce_add_ps(sum); }
 
 /* 24 sums, 2 weights and 6 activations of the 32 registers; the panel is half a MiB. */
+enum { TAKES = KT_ALL_TYPES };
 enum { NATIVE = KT_F32, ACT_BYTES = 4 * KT_CHUNK, FEW = 4, ROWS_1 = 4, ROWS_FEW = 2, PANEL_ROWS = 4, PANEL_TOKENS = 6, PANEL_COLS = 1024 };
 #include "dot.h"
 
 void kt_activate_avx512(int activation, float *gate, const float *up, size_t n) { activate_all(activation, gate, up, n); }
 
 const kt_kernels kt_kernels_avx512 = {
-    .types = KT_ALL_TYPES, .act_chunk_bytes = ACT_BYTES, .panel_bytes = dot_panel_bytes,
+    .types = TAKES, .act_chunk_bytes = ACT_BYTES, .panel_bytes = dot_panel_bytes,
     .prepare = kt_prepare_f32, .activate = kt_activate_avx512, .dot = dot_all,
 };
 #endif

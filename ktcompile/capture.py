@@ -1,4 +1,5 @@
 """Model and example inputs to an FX graph. All use of private torch and transformers names is here, one function each."""
+import gc
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from ktcompile.errors import KtransError, ModelFileError
 from ktcompile.graph import writes
@@ -19,6 +20,9 @@ EXPERTS = "ktrans"
 
 
 def _experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    odd = self.is_transposed or self.has_bias or not self.has_gate or getattr(self, "has_post_expert_norm", False)
+    if odd or type(self)._apply_gate is not _default_apply_gate:  # gpt-oss, DeepSeek-V4: no `moe`; `bind` will say so
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     activation = getattr(self.config, "hidden_act", None) or getattr(self.config, "hidden_activation", "silu")
     name = {"gelu_pytorch_tanh": "gelu_tanh"}.get(str(activation), str(activation))
     return torch.ops.ktrans.moe(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, name)
@@ -107,11 +111,14 @@ def capture(function: Callable[..., Any], args: Sequence[Any], dynamic: Sequence
         torch._dynamo.mark_dynamic(tensor, axis)
     code = function.__code__.replace(co_name=f"{function.__name__}_captured")  # a cache of its own in dynamo
     fresh = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    gc.disable()  # tracing makes millions of objects that live on: a fifth of the time went into looking at them
     try:
         with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
             torch.compile(fresh, backend=backend, fullgraph=True)(*args)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise KtransError(f"the model cannot be captured as one graph: {error}") from error
+    finally:
+        gc.enable()
     annotate(found[0])
     return found[0]
 
@@ -173,7 +180,7 @@ def _nan(like: Tensor, dtype: torch.dtype) -> Tensor:
     fill = float("nan") if dtype.is_floating_point else 0
     if like.dim() < 2:
         return torch.full(like.shape, fill, dtype=dtype)
-    return torch.full((1, *like.shape[1:]), fill, dtype=dtype).expand(like.shape)
+    return torch.full((*[1] * (like.dim() - 1), like.shape[-1]), fill, dtype=dtype).expand(like.shape)
 
 
 def weight_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:

@@ -3,7 +3,7 @@
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -238,14 +238,16 @@ class Region:
         assert op.define is not None
         self.replace_body(fx.GraphModule(torch.nn.Module(), op.define(binding, leaves)))
 
-    def replace_body(self, body: fx.GraphModule) -> None:
-        """Give this region a body of its own; regions that shared the old one keep it."""
+    def replace_body(self, body: fx.GraphModule, binding: Any = None) -> None:
+        """Give this region a body of its own, and a `binding` if that changed; regions that shared the old one keep it."""
         module = self.node.graph.owning_module
         assert module is not None
         taken = dict(module.named_children())
         name = next(n for i in range(len(taken) + 1) if (n := f"{self.op}_{i}") not in taken)
         module.add_submodule(name, body)
         self.node.target = name
+        if binding is not None:
+            self.node.meta["binding"] = binding
 
 
 def stored_bytes(weight: fx.Node) -> int:
@@ -373,6 +375,7 @@ class _Unit:
     op: str
     binding: Any
     nodes: list[fx.Node]
+    roles: dict[str, fx.Node] = field(default_factory=dict)
 
 
 def fold(gm: fx.GraphModule, bind: Bind) -> tuple[fx.GraphModule, list[tuple[str, str]]]:
@@ -395,7 +398,8 @@ def fold(gm: fx.GraphModule, bind: Bind) -> tuple[fx.GraphModule, list[tuple[str
     for (path, cls), nodes in calls.items():  # outermost first: a frame is met before the frames inside it
         if nodes[0] in owner:
             continue
-        found = bind(site_of(path, cls, nodes))
+        site = site_of(path, cls, nodes)
+        found = bind(site)
         if found is None:
             continue
         if order[nodes[-1]] - order[nodes[0]] + 1 != len(nodes):
@@ -403,7 +407,8 @@ def fold(gm: fx.GraphModule, bind: Bind) -> tuple[fx.GraphModule, list[tuple[str
             continue
         if found.why is not None:
             refusals.append((path, found.why))
-        unit = _Unit(path, cls, found.op, found.binding, nodes)
+        roles = found.binding.roles if found.binding else {}
+        unit = _Unit(path, cls, found.op, found.binding, nodes, {r: site.inputs[i] for r, i in roles.items()})
         owner.update(dict.fromkeys(nodes, unit))
     return _build(gm, _units(todo, owner), scalars), refusals
 
@@ -525,7 +530,7 @@ def _build(gm: fx.GraphModule, units: Sequence[_Unit], scalars: Mapping[fx.Node,
             path=path,
             cls=unit.cls,
             op=unit.op,
-            binding=unit.binding,
+            binding=_rebind(unit, site),
             leaves=tuple(site.weights),
             effects=bool(site.written),
             val=values[0] if len(values) == 1 else values,
@@ -543,6 +548,19 @@ def _build(gm: fx.GraphModule, units: Sequence[_Unit], scalars: Mapping[fx.Node,
     folded = fx.GraphModule(root, graph)
     folded.meta = dict(gm.meta)
     return folded
+
+
+def _rebind(unit: _Unit, site: Site) -> Any:
+    """The unit's binding with roles counted among the inputs that it has now: absorbed views changed their order."""
+    if unit.binding is None:
+        return None
+    inside = set(unit.nodes)
+    roles = {}
+    for role, node in unit.roles.items():
+        while node in inside:
+            node = node.all_input_nodes[0]
+        roles[role] = site.inputs.index(node)
+    return replace(unit.binding, roles=roles)
 
 
 def _attributes(gm: fx.GraphModule) -> Iterator[tuple[str, Any]]:

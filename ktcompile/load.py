@@ -1,6 +1,6 @@
 """From a model file to a compiled model, and to its plan without one."""
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Store, check_one_layout, lower
 from ktcompile.target import Target, detect
-from ktcompile.weights import ModuleSource
+from ktcompile.weights import ImaginedSource, ModuleSource
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
@@ -129,9 +129,17 @@ def run_pipeline(gm: fx.GraphModule, settings: Settings, name: str, phase: Phase
     return settings.pipeline.run(gm, ctx, observe), plans
 
 
-def explain(checkpoint: Checkpoint, settings: Settings, phase: Phase = "decode", tokens: int | None = None) -> list[Plan]:
-    """The plan after each pass, the last one last. Reads no weight."""
+def explain(checkpoint: Checkpoint, settings: Settings, phase: Phase = "decode", tokens: int | None = None,
+            encoding: str | None = None) -> list[Plan]:
+    """The plan after each pass, the last one last. Reads no weight.
+
+    `encoding`: plan as if the weights were stored so; a configuration without weights needs none and counts as bf16.
+    """
     model = empty_model(checkpoint.config, settings.dtype)
+    if encoding is not None or checkpoint.source is None:
+        shapes = {k: tuple(v.shape) for k, v in (*model.named_parameters(), *model.named_buffers())}
+        imagined = ImaginedSource(shapes, encoding or "bf16", model.config.num_hidden_layers)
+        checkpoint = replace(checkpoint, source=imagined)
     gm = capture_phase(model, phase, settings, checkpoint)
     count = tokens or (1 if phase == "decode" else 512)
     _, plans = run_pipeline(gm, settings, checkpoint.name, phase, count, every=True)
@@ -223,6 +231,8 @@ def load(model: str | Path | Checkpoint | None = None, *, gguf: str | Path | Non
         gm = capture_phase(hollow, phase, settings, checkpoint)
         graphs[phase], (plans[phase],) = run_pipeline(gm, settings, checkpoint.name, phase, 1 if phase == "decode" else 512)
     check_one_layout(list(graphs.values()))
+    if settings.target.host.threads:
+        torch.set_num_threads(settings.target.host.threads)
     source = _WithTables(checkpoint.source, dict(hollow.named_buffers()))
     store = Store(source, settings.target, available_kernels())
     phases = {phase: lower(graphs[phase], plans[phase], store, progress if i == 0 else None)

@@ -156,8 +156,8 @@ def _row(node: fx.Node, names: Mapping[fx.Node, str], sizes: Mapping[str, int], 
         return Row(names[node], str(names[node]), f"-> {to}", "copy", (names[node.args[0]],), kind, "", nbytes, "",
                    (nbytes / link.bandwidth + link.latency) * 1e6)
     region = Region(node)
-    reads = tuple(dict.fromkeys(names[i].split("#")[0] for i in region.inputs
-                                if not is_scalar(i) and names[i] not in _BOOKKEEPING))
+    reads = tuple(dict.fromkeys(re.sub(r"#\d+", "", names[i]) for i in region.inputs
+                                if not is_scalar(i) and names[i].split("@")[0] not in _BOOKKEEPING))
     codes = dict.fromkeys(str(w.meta.get("encoding", "")) for w in region.weights.values())
     main = [c for c in codes if c not in ("", "f32")] or list(codes)
     kernel = kernels.get(region.kernel or "")
@@ -246,32 +246,21 @@ def _table(rows: Sequence[Row]) -> list[str]:
             blocks.append((layer, []))
         blocks[-1][1].append(row)
     shown: dict[tuple[str, ...], int] = {}
+    alike: dict[int, list[int]] = {}  # layer in full -> the layers like it
     lines: list[tuple[str, ...] | str] = [_HEADER]
-    repeat: list[tuple[int, int]] = []  # (layer, the layer it is like)
-
-    def flush() -> None:
-        spans: list[list[int]] = []
-        for layer, like in repeat:
-            if spans and spans[-1][1] == layer - 1 and spans[-1][2] == like:
-                spans[-1][1] = layer
-            else:
-                spans.append([layer, layer, like])
-        repeat.clear()
-        for first, last, like in spans:
-            who = f"L{first}" if first == last else f"L{first}-L{last}"
-            lines.extend(["", f"{who} as L{like}"])
-
-    for layer, block in blocks:
+    for i, (layer, block) in enumerate(blocks):
         key = tuple(_relative("|".join(map(str, _cells(r)[:8])), layer) for r in block) if layer is not None else ()
         if layer is not None and key in shown:
-            repeat.append((layer, shown[key]))
-            continue
-        flush()
-        if layer is not None:
-            shown[key] = layer
-        lines.append("")
-        lines.extend(_cells(r) for r in block)
-    flush()
+            alike.setdefault(shown[key], []).append(layer)
+        else:
+            if layer is not None:
+                shown[key] = layer
+            lines.append("")
+            lines.extend(_cells(r) for r in block)
+        if alike and all(later is None for later, _ in blocks[i + 1:]):
+            lines.append("")
+            lines.extend(f"{spans(layers)} as L{like}" for like, layers in alike.items())
+            alike = {}
     grid = [c for c in lines if isinstance(c, tuple)]
     width = [max(len(r[i]) for r in grid) for i in range(len(_HEADER))]
     return ["  ".join(c.rjust(w) if i in _RIGHT else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))).rstrip()

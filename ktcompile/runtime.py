@@ -97,13 +97,15 @@ class _BorrowedStep(nn.Module):
 class Executable:
     """A lowered graph. `inputs` names what each argument is: an input's name, or (name, axis) for a size of one."""
 
-    def __init__(self, plan: Plan, gm: fx.GraphModule, inputs: tuple[str | tuple[str, int], ...]) -> None:
-        self.plan, self.gm, self.inputs = plan, gm, inputs
+    def __init__(self, plan: Plan, gm: fx.GraphModule, inputs: tuple[str | tuple[str, int], ...] = (),
+                 devices: tuple[torch.device | None, ...] = ()) -> None:
+        self.plan, self.gm, self.inputs, self.devices = plan, gm, inputs, devices
         self._run = gm.forward
 
     def __call__(self, values: Mapping[str, Tensor]) -> Any:
         """Run on the inputs by name; what the captured function returned, as a tuple."""
-        args = [values[i] if isinstance(i, str) else values[i[0]].shape[i[1]] for i in self.inputs]
+        args = [values[i].to(d) if isinstance(i, str) else values[i[0]].shape[i[1]]
+                for i, d in zip(self.inputs, self.devices, strict=True)]
         with torch.inference_mode():
             return self._run(*args)
 
@@ -128,16 +130,17 @@ def lower(gm: fx.GraphModule, plan: Plan, store: Store, progress: Progress | Non
     lowered = _lower(gm, step, weights=False)
     if progress:
         progress("", total, total)
-    inputs = tuple(n.meta.get("size_of") or str(n.meta.get("input", n.name)) for n in lowered.graph.nodes
-                   if n.op == "placeholder")
-    return Executable(plan, lowered, inputs)
+    given = [n for n in lowered.graph.nodes if n.op == "placeholder"]
+    inputs = tuple(n.meta.get("size_of") or str(n.meta.get("input", n.name)) for n in given)
+    devices = tuple(store.target[n.meta["device"]].torch if "device" in n.meta else None for n in given)
+    return Executable(plan, lowered, inputs, devices)
 
 
 def lower_borrowed(gm: fx.GraphModule, plan: Plan, store: BorrowedStore) -> Executable:
     """Replace every region by its kernel; the graph keeps its parameters as arguments."""
     lowered = _lower(gm, lambda region: _BorrowedStep(store.kernels[str(region.kernel)], store, region,
                                                       _call(region, store.target)), weights=True)
-    return Executable(plan, lowered, ())
+    return Executable(plan, lowered)
 
 
 def _call(region: Region, target: Target) -> Call:

@@ -19,7 +19,7 @@ class Device:
     """A place that holds weights and runs kernels.
 
     `capacity` in bytes, `bandwidth` of its memory in bytes/s, `flops` that matrix products reach, per second (nominal:
-    predictions use it, nothing else).
+    predictions use it, nothing else), `threads` for kernels on a CPU (0: all this process may use).
     """
 
     name: str
@@ -28,6 +28,7 @@ class Device:
     bandwidth: float
     features: frozenset[str] = frozenset()
     flops: float = 1e12
+    threads: int = 0
 
     @property
     def torch(self) -> torch.device:
@@ -127,8 +128,11 @@ def _read_bandwidth() -> float:
     return data.nbytes / min(times)
 
 
-def detect() -> Target:
-    """The machine this runs on: its GPUs, if torch sees any, and its CPU."""
+def detect(threads: int | None = None) -> Target:
+    """The machine this runs on: its GPUs, if torch sees any, and its CPU, with `threads` of it (default: all)."""
+    most = len(os.sched_getaffinity(0))
+    if threads is not None and not 1 <= threads <= most:
+        raise RulesError(f"{threads} CPU threads: this process may use 1 to {most}")
     devices = []
     for i in range(torch.cuda.device_count()):
         props = torch.cuda.get_device_properties(i)
@@ -136,7 +140,7 @@ def detect() -> Target:
         rate = getattr(props, "memory_clock_rate", 0) * 1e3 * 2 * getattr(props, "memory_bus_width", 0) / 8
         sm = f"sm{props.major}{props.minor}"
         devices.append(Device(f"cuda:{i}", "cuda", props.total_memory, rate or 1e12, frozenset({sm}), 100e12))
-    devices.append(Device("cpu", "cpu", memory(), _read_bandwidth(), cpu_features()))
+    devices.append(Device("cpu", "cpu", memory(), _read_bandwidth(), cpu_features(), threads=threads or 0))
     return Target(tuple(devices))
 
 

@@ -56,6 +56,8 @@ def _input_device(node: Node, target: Target) -> str:
     writers = [u for u in node.users if u.meta.get("effects")]
     if node.meta.get("state") and writers:
         return str(Region(writers[0]).device)
+    if str(node.meta.get("input", "")).startswith("cache."):
+        return target.main.name
     kind = getattr(getattr(value_of(node), "device", None), "type", "cpu")
     return target.main.name if kind == "cuda" else target.host.name
 

@@ -1,6 +1,6 @@
 """prune-experts: fewer experts a token than the model was trained with."""
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ktcompile import OPS, Context, OptionError, Pass, Region, regions
+from ktcompile.ops.base import Binding
 from ktcompile.ops.router import RouterShape, top_k_node
 
 
@@ -48,12 +49,17 @@ class PruneExperts(Pass):
             if self.ranking == "choice" and top_k_node(router.body, shape) is None:
                 ctx.skip(router, "its final top-k was not found in the captured code")
                 continue
-            router.replace_body(_choose(router, shape, self.keep) if self.ranking == "choice"
-                                else _drop(router, shape, self.keep))
+            body = _choose(router, shape, self.keep) if self.ranking == "choice" else _drop(router, shape, self.keep)
+            router.replace_body(body, _keeping(router.binding, self.keep))
             # The captured experts may have k in their shapes; the op's definition has not.
             moe = experts[0]
-            moe.define(OPS["moe"], moe.binding)
+            moe.define(OPS["moe"], _keeping(moe.binding, self.keep))
         return gm
+
+
+def _keeping(binding: Binding, keep: int) -> Binding:
+    """The binding with `keep` experts a token: what costs are predicted from."""
+    return replace(binding, shape=replace(binding.shape, top_k=keep))
 
 
 def _choose(router: Region, shape: RouterShape, keep: int) -> GraphModule:

@@ -2,6 +2,6 @@
 
 TOLERANCE = {
     "f32": 3e-6,    # float products, sums of a few hundred in another order
-    "bf16": 8e-3,   # weights, activations and the hidden layer each rounded to 8 bits: 2**-9 each, and not independent
+    "bf16": 1.5e-2,   # weights, activations and the hidden layer each rounded to 8 bits: 2**-9 each, more where terms cancel
     "int8": 3e-2,   # activations and the hidden layer in 8 bits with one scale for 32
 }

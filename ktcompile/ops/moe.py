@@ -4,6 +4,7 @@
 
 Weights are fused as Hugging Face holds them: `gate_up_proj [E, 2 I, H]`, gate first, and `down_proj [E, H, I]`.
 """
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +72,22 @@ def _bind(site: Site) -> Bound | None:
     activation = str(marker.args[5]) if marker is not None else activation_of(site)
     if activation not in ACTIVATIONS:
         return Bound("experts", why=f"not moe: activation {activation or 'unknown'}; known: {', '.join(ACTIVATIONS)}")
+    if marker is None and not _gates_plainly(site):
+        return Bound("experts", why="not moe: it does not compute act(gate) * up and nothing else between its products")
     shape = MoeShape(int(experts), int(hidden), int(width2) // 2, int(value_of(ids[0]).shape[-1]), activation)
     return Bound("moe", Binding(roles_of(site, x=hidden_in[0], ids=ids[0], scores=scores[0]), shape))
+
+
+def _gates_plainly(site: Site) -> bool:
+    """Whether the activation reads one half of a product and multiplies the other: no clamp, no scale, no bias."""
+    act = next(n for n in site.nodes if getattr(n.target, "__name__", "") in ("silu", "gelu"))
+    gate, users = act.args[0], list(act.users)
+    if not (isinstance(gate, fx.Node) and gate.target is operator.getitem and gate.args[1] == 0 and len(users) == 1):
+        return False
+    halves = gate.args[0]
+    up = next((a for a in users[0].all_input_nodes if a is not act), None)
+    return (users[0].target is operator.mul and isinstance(halves, fx.Node) and halves.target == "chunk"
+            and up is not None and up.target is operator.getitem and up.args == (halves, 1))
 
 
 def _define(binding: Binding, leaves: tuple[str, ...]) -> fx.Graph:

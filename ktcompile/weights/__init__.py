@@ -1,6 +1,7 @@
 """Weight sources: where each parameter of a model is stored, how it is encoded, and its bytes on demand."""
 
 from ktcompile.weights.gguf import GGUFSource
+from ktcompile.weights.imagined import ENCODINGS, ImaginedSource
 from ktcompile.weights.module import ModuleSource
 from ktcompile.weights.safetensors import SafetensorsSource
 from ktcompile.weights.source import (
@@ -14,7 +15,9 @@ from ktcompile.weights.source import (
 )
 
 __all__ = [
+    "ENCODINGS",
     "GGUFSource",
+    "ImaginedSource",
     "ModuleSource",
     "Part",
     "SafetensorsSource",

@@ -1,0 +1,352 @@
+"""The `ktrans` command. Heavy imports are inside the commands, so that `--help` is quick."""
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ktcompile.checkpoint import Checkpoint
+    from ktcompile.generate import Session
+    from ktcompile.plan import Plan
+    from ktcompile.target import Target
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Run giant mixture-of-experts models on one machine, compiled by small graph passes.")
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+
+Model = Annotated[str | None, typer.Argument(
+    help="A GGUF file, or a folder with config.json, tokenizer and safetensors. Default: the embedded tiny DeepSeek-V3.")]
+Gguf = Annotated[str | None, typer.Option(help="Take the weights from this GGUF file, the rest from the folder MODEL.")]
+Rules = Annotated[str | None, typer.Option(help="Rules file, or a shipped one by name. Default: by model family.")]
+Experts = Annotated[int | None, typer.Option(help="Keep this many of the router's experts a token. Lossy.")]
+Ranking = Annotated[str | None, typer.Option(help="Which experts --experts keeps: choice (default) or weight.")]
+Dtype = Annotated[str | None, typer.Option(help="Compute type: fp32 (default on a CPU) or bf16 (default on a GPU).")]
+ContextSize = Annotated[int | None, typer.Option("--context", help="Most tokens of prompt and answers. Default: 4096.")]
+Threads = Annotated[int | None, typer.Option("--cpu-threads", help="CPU threads. Default: all this process may use.")]
+
+
+@contextmanager
+def _packing() -> Iterator[Any]:
+    """A progress bar on stderr for weights being read and packed; quiet where stderr is no terminal."""
+    columns = (TextColumn("packing {task.fields[region]}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("", total=None, region="")
+        yield lambda region, done, total: bar.update(task, completed=done, total=total, region=region)
+
+
+def _machine(gpu: str | None, ram: str | None, threads: int | None = None) -> "Target":
+    from ktcompile.target import detect, fake
+    if gpu is None and ram is None:
+        return detect(threads)
+    no_gpu = gpu is not None and gpu.lower() in ("0", "none")
+    return fake(None if no_gpu else gpu or "24G", ram or "512G")
+
+
+def _open(model: str | None, gguf: str | None) -> "Checkpoint":
+    from ktcompile.checkpoint import open_checkpoint
+    return open_checkpoint(model, gguf)
+
+
+# ------------------------------------------------------------------------------------------------ chat
+
+@app.command()
+def chat(
+    model: Model = None,
+    gguf: Gguf = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end: only the answer goes to stdout.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="The same, with the prompt from a file; - is stdin.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens an answer.")] = 1024,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's, or 0.6.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus. Default: the model's, or 0.95.")] = None,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    force_think: Annotated[bool, typer.Option("--force-think", help="Start the answer inside <think>.")] = False,
+    experts: Experts = None,
+    ranking: Ranking = None,
+    rules: Rules = None,
+    dtype: Dtype = None,
+    context: ContextSize = None,
+    cpu_threads: Threads = None,
+) -> None:
+    """Talk to a model: a conversation in the terminal, or one answer with --prompt."""
+    text = _one_prompt(prompt, prompt_file)
+    from ktcompile.generate import Sampling, Session, stop_tokens
+    from ktcompile.load import load
+    start = time.perf_counter()
+    checkpoint = _open(model, gguf)
+    defaults = checkpoint.generation
+    sampling = Sampling(_first(temperature, getattr(defaults, "temperature", None), 0.6),
+                        _first(top_p, getattr(defaults, "top_p", None), 0.95), top_k, min_p, seed)
+    with _packing() as progress:
+        compiled = load(checkpoint, rules=rules, experts=experts, ranking=ranking, dtype=dtype, context=context,
+                        target=_machine(None, None, cpu_threads), progress=progress)
+    session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
+    err.print(f"[dim]{checkpoint.name}, loaded in {time.perf_counter() - start:.1f} s{_lossy(experts)}[/dim]")
+    history = [{"role": "system", "content": system}] if system else []
+    if text is not None:
+        _answer(session, [*history, {"role": "user", "content": text}], max_new_tokens, force_think)
+        return
+    _converse(session, history, max_new_tokens, force_think)
+
+
+def _first(*values: Any) -> Any:
+    return next(v for v in values if v is not None)
+
+
+def _lossy(experts: int | None) -> str:
+    return f", lossy: {experts} experts a token" if experts else ""
+
+
+def _one_prompt(prompt: str | None, file: Path | None) -> str | None:
+    from ktcompile.errors import RulesError
+    if prompt is not None and file is not None:
+        raise RulesError("--prompt and --prompt-file: give one of them")
+    if file is None:
+        return prompt
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RulesError(f"--prompt-file {str(file)!r}: {error}") from error
+
+
+def _answer(session: "Session", messages: Sequence[dict[str, str]], most: int, think: bool) -> str:
+    """Stream one answer to stdout, statistics to stderr. Ctrl-C stops the answer, not the program."""
+    rendered = session.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    rendered += "<think>\n" if think else ""
+    ids = session.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    pieces: list[str] = []
+    stopped = ""
+    stream = session.stream(ids, most)
+    try:
+        for piece in stream:
+            pieces.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        stopped = "; stopped"
+    finally:
+        stream.close()  # type: ignore[attr-defined]
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    err.print(f"[dim]{session.statistics}{stopped}[/dim]")
+    return "".join(pieces)
+
+
+def _converse(session: "Session", history: list[dict[str, str]], most: int, think: bool) -> None:
+    err.print("[dim]Enter sends, Alt+Enter is a new line. /new starts over, Ctrl-C stops an answer, Ctrl-D ends.[/dim]")
+    ask = _reader()
+    start = list(history)
+    while True:
+        try:
+            text = ask().strip()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        if not text:
+            continue
+        if text == "/new":
+            history = list(start)
+            continue
+        history = [*history, {"role": "user", "content": text}]
+        answer = _answer(session, history, most, think)
+        history.append({"role": "assistant", "content": answer})
+
+
+def _reader() -> Any:
+    """What asks for the next message: an editor with history on a terminal, lines of stdin elsewhere."""
+    if not sys.stdin.isatty():
+        return lambda: _line(sys.stdin.readline())
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+    keys = KeyBindings()
+    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    folder = Path(os.environ.get("XDG_STATE_HOME", "~/.local/state")).expanduser() / "ktcompile"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        past: Any = FileHistory(str(folder / "history"))
+    except OSError:
+        past = InMemoryHistory()
+    editor: Any = PromptSession(history=past, multiline=True, key_bindings=keys)
+    return lambda: editor.prompt("> ")
+
+
+def _line(text: str) -> str:
+    if not text:
+        raise EOFError
+    return text
+
+
+# ------------------------------------------------------------------------------------------------ explain
+
+@app.command()
+def explain(
+    model: Model = None,
+    gguf: Gguf = None,
+    phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a step. Default: 1 in decode, 512 in prefill.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Plan for a GPU of this memory (24G), or none, instead of this machine.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Plan for this much RAM (512G) instead of this machine.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="Plan as if the weights were stored so: bf16, fp8, q8_0, q4_k_m, ...")] = None,
+    after: Annotated[str | None, typer.Option(help="Show the page after this pass instead of the last.")] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="Show what each pass changed.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write one HTML page with every pass.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
+    dump: Annotated[Path | None, typer.Option(help="Write one page a pass into this folder.")] = None,
+    experts: Experts = None,
+    ranking: Ranking = None,
+    rules: Rules = None,
+    dtype: Dtype = None,
+    context: ContextSize = None,
+) -> None:
+    """Show on one page what will run where and why, before a weight is read."""
+    from ktcompile.errors import RulesError
+    from ktcompile.load import PHASES, settings_for
+    from ktcompile.load import explain as make_plans
+    from ktcompile.plan import html_page
+    if phase not in PHASES:
+        raise RulesError(f"--phase {phase}: there are {' and '.join(PHASES)}")
+    checkpoint = _open(model, gguf)
+    settings = settings_for(checkpoint, rules=rules, experts=experts, ranking=ranking, target=_machine(gpu, ram),
+                            dtype=dtype, context=context)
+    if after is not None:
+        settings.pipeline.until(after)  # an unknown pass is told before the work
+    with err.status(f"capturing {checkpoint.name}"):
+        plans = make_plans(checkpoint, settings, phase, tokens, encoding)  # type: ignore[arg-type]
+    shown = next((p for p in plans if p.after == after), plans[-1])
+    if html is not None:
+        _write(html, html_page(plans))
+    if dump is not None:
+        for i, plan in enumerate(plans):
+            _write(dump / f"{i:02}-{plan.after}.txt", plan.text())
+    if as_json:
+        print(json.dumps(shown.json(), indent=1, ensure_ascii=False))
+    elif diff:
+        _print_diff(plans)
+    else:
+        sys.stdout.write(shown.text())
+
+
+def _write(path: Path, text: str) -> None:
+    from ktcompile.errors import RulesError
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise RulesError(f"cannot write {path}: {error}") from error
+    err.print(f"wrote {path}")
+
+
+def _print_diff(plans: Sequence["Plan"]) -> None:
+    for i, plan in enumerate(plans):
+        changed = plan.diff(plans[i - 1]) if i else f"{len(plan.rows)} regions"
+        sys.stdout.write(f"# {plan.after}\n{changed}\n")
+        notes = [f"#   {names}: {why}" if names else f"#   {why}" for by, names, why in plan.notes if by == plan.after]
+        sys.stdout.write("".join(f"{n}\n" for n in notes) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ what there is
+
+@app.command()
+def passes() -> None:
+    """List the passes that a rules file may name, with their options."""
+    from dataclasses import fields
+
+    from ktcompile.pipeline import _default, available
+    table = Table(box=None, pad_edge=False)
+    for column in ("pass", "requires", "establishes", "options", "what it does"):
+        table.add_column(column, overflow="fold")
+    for name, cls in sorted(available().items()):
+        options = "\n".join(f"{f.name.replace('_', '-')}: {_default(f)}" for f in fields(cls))
+        doc = (cls.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+        table.add_row(name, ", ".join(cls.requires), ", ".join(cls.establishes), options, " ".join(doc.split()))
+    out.print(table)
+
+
+@app.command()
+def kernels() -> None:
+    """List the kernels, and why one cannot run on this machine."""
+    from ktcompile.kernel import available
+    table = Table(box=None, pad_edge=False)
+    for column in ("kernel", "op", "device", "layout", "here", "what it does"):
+        table.add_column(column, overflow="fold")
+    for name, kernel in available().items():
+        why = kernel.missing()
+        doc = " ".join((type(kernel).__doc__ or "").split())
+        table.add_row(name, kernel.op, kernel.device, kernel.layout, "yes" if why is None else f"no: {why}", doc)
+    out.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: CPU features, GPU, versions, what is missing and how to get it."""
+    import platform
+
+    import torch
+
+    from ktcompile.kernel import available
+    from ktcompile.target import cpu_features, memory
+    from ktcompile.verify import gib
+    rows = [("python", platform.python_version())]
+    wanted = ("ktcompile", "torch", "transformers", "triton", "safetensors", "tokenizers", "cffi")
+    for name in wanted:
+        try:
+            rows.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            rows.append((name, f"not installed; {'needed for a GPU only: ' if name == 'triton' else ''}pip install {name}"))
+    features = cpu_features()
+    isas = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8") if f in features]
+    rows.append(("cpu", f"{len(os.sched_getaffinity(0))} threads, {gib(memory())}, {' '.join(isas) or 'no vector extensions known here'}"))
+    gpus = [f"{torch.cuda.get_device_name(i)}, {gib(torch.cuda.get_device_properties(i).total_memory)}"
+            for i in range(torch.cuda.device_count())]
+    rows.append(("gpu", "; ".join(gpus) or "none that torch can use: everything runs on the CPU"))
+    width = max(len(k) for k, _ in rows)
+    for key, value in rows:
+        out.print(f"{key:<{width}}  {value}")
+    missing = {name: why for name, k in available().items() if (why := k.missing())}
+    out.print()
+    for name, why in missing.items():
+        out.print(f"kernel {name} cannot run here: {why}")
+    out.print(f"{len(available()) - len(missing)} of {len(available())} kernels can run here")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from ktcompile.version import __version__
+    out.print(__version__)
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line on stderr and exit code 2."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    from ktcompile.errors import KtransError
+    try:
+        app()
+    except KtransError as error:
+        err.print(f"ktrans: {error}", markup=False, style="red", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

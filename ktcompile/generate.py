@@ -1,0 +1,145 @@
+"""Text from a loaded model, token by token: prefill in chunks, sampling, incremental decoding, timing."""
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedTokenizerFast,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ktcompile.cache import PagedCache
+from ktcompile.errors import CapacityError, RulesError
+
+CHUNK = 512
+"""Prompt tokens a step: an interrupt waits for one chunk at most."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0: the most likely one."""
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("temperature", 0, 100), ("top_p", 0, 1), ("top_k", 0, 1 << 31), ("min_p", 0, 1)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise RulesError(f"{name.replace('_', '-')} {value}: allowed is {low} to {high}")
+
+    def warpers(self) -> LogitsProcessorList:
+        """The transformers warpers of these settings, in their order."""
+        found = LogitsProcessorList()
+        if self.temperature not in (0, 1):
+            found.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            found.append(TopKLogitsWarper(self.top_k))
+        if 0 < self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            found.append(MinPLogitsWarper(self.min_p))
+        return found
+
+
+@dataclass
+class Statistics:
+    """Counts and seconds of one answer. `reused`: prompt tokens that were still in the cache."""
+
+    prompt: int = 0
+    reused: int = 0
+    new: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def __str__(self) -> str:
+        read = self.prompt - self.reused
+        kept = f" ({self.reused} more from the cache)" if self.reused else ""
+        fill = f"{read / self.prefill_s:.1f} tok/s" if self.prefill_s else "-"
+        rate = f"{(self.new - 1) / self.decode_s:.1f} tok/s" if self.decode_s and self.new > 1 else "-"
+        return f"prompt {read} tokens{kept}, prefill {fill}; answer {self.new} tokens, decode {rate}"
+
+
+@dataclass
+class Session:
+    """One conversation: a model, its tokenizer, and the cache with what both have seen."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerFast
+    sampling: Sampling
+    stop: frozenset[int]
+    cache: PagedCache = field(init=False)
+    seen: list[int] = field(default_factory=list)
+    statistics: Statistics = field(default_factory=Statistics)
+
+    def __post_init__(self) -> None:
+        self.cache = self.model.new_cache(1)
+        self._generator = torch.Generator()
+        if self.sampling.seed is not None:
+            self._generator.manual_seed(self.sampling.seed)
+
+    def stream(self, prompt: Sequence[int], most: int) -> Iterator[str]:
+        """Pieces of the answer to the prompt's token ids, at most `most` tokens; what the cache has is not read again.
+
+        Raises CapacityError where the prompt does not fit the context. Closing the iterator stops the answer.
+        """
+        self.statistics = Statistics(prompt=len(prompt))
+        if len(prompt) >= self.cache.context:
+            raise CapacityError(f"the prompt has {len(prompt)} tokens; the context holds {self.cache.context} with the "
+                                "answer. Start with a larger --context, or a new conversation")
+        same = next((i for i, (a, b) in enumerate(zip(self.seen, prompt, strict=False)) if a != b),
+                    min(len(self.seen), len(prompt)))
+        same = min(same, len(prompt) - 1)  # the last token's logits are wanted
+        self.cache.crop(same)
+        self.seen = list(prompt[:same])
+        self.statistics.reused = same
+        start = time.perf_counter()
+        logits = torch.empty(0)
+        for at in range(same, len(prompt), CHUNK):
+            logits = self._step(prompt[at:at + CHUNK])
+        token = self._choose(logits)
+        self.statistics.prefill_s = time.perf_counter() - start
+        start = time.perf_counter()
+        decoder = DecodeStream(skip_special_tokens=True)
+        for _ in range(most):
+            self.statistics.new += 1
+            if token in self.stop:
+                return
+            piece = decoder.step(self.tokenizer.backend_tokenizer, token)
+            if piece:
+                yield piece
+            if self.statistics.new == most or len(self.seen) >= self.cache.context:
+                return
+            token = self._choose(self._step([token]))
+            self.statistics.decode_s = time.perf_counter() - start
+
+    def _step(self, ids: Sequence[int]) -> Tensor:
+        first = len(self.seen)
+        positions = torch.arange(first, first + len(ids))
+        logits: Tensor = self.model.step(torch.tensor(ids), positions, [len(ids)], torch.tensor([len(ids) - 1]), self.cache)
+        self.seen += ids
+        return logits[0].float()
+
+    def _choose(self, logits: Tensor) -> int:
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        scores = self.sampling.warpers()(torch.tensor([self.seen]), logits[None].cpu())
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerFast, generation: Any) -> frozenset[int]:
+    """Token ids that end an answer, from the generation defaults and the tokenizer."""
+    configured = getattr(generation, "eos_token_id", None)
+    several = configured if isinstance(configured, (list, tuple)) else [configured]
+    return frozenset(int(t) for t in (*several, tokenizer.eos_token_id) if t is not None)

@@ -1,0 +1,82 @@
+"""Weights that one does not have: shapes from a configuration, an encoding by name. For plans."""
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ktcompile.errors import ModelFileError, RulesError
+from ktcompile.weights import ggml
+from ktcompile.weights.source import Part, TensorSpec, everywhere, missing
+
+_PLAIN = {"f32": (torch.float32, 4), "bf16": (torch.bfloat16, 2), "f16": (torch.float16, 2)}
+
+ENCODINGS = ("bf16", "fp8", "q8_0", "q6_k", "q5_k", "q4_k", "q4_k_m")
+"""What `--encoding` may be. `q4_k_m` is llama.cpp's mix: half of the down projections and the head in q6_k."""
+
+
+class ImaginedSource:
+    """A WeightSource of parameters by shape; everything but `read` works."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], encoding: str, layers: int) -> None:
+        """`layers`: how many the model has. Raises RulesError for an unknown encoding."""
+        if encoding not in ENCODINGS:
+            raise RulesError(f"no encoding {encoding!r}; known: {', '.join(ENCODINGS)}")
+        self._shapes, self._encoding, self._layers = dict(shapes), encoding, layers
+
+    def keys(self) -> Iterable[str]:
+        return self._shapes.keys()
+
+    def spec(self, key: str) -> TensorSpec:
+        parts = self.parts(key)
+        names = dict.fromkeys(p.spec.encoding for p in parts)
+        return TensorSpec(self._shapes[key], parts[0].spec.dtype, "+".join(names), sum(p.spec.nbytes for p in parts))
+
+    def parts(self, key: str) -> tuple[Part, ...]:
+        if key not in self._shapes:
+            raise missing(key, "the configuration", self._shapes)
+        shape = self._shapes[key]
+        if not key.endswith("experts.gate_up_proj"):
+            return (self._part(key, shape, everywhere(shape)),)
+        experts, both, hidden = shape  # gate and up are tensors of their own, as in every file
+        half = (experts, both // 2, hidden)
+        return tuple(self._part(f"{key}.{name}", half, (slice(0, experts), slice(at, at + both // 2), slice(0, hidden)))
+                     for name, at in (("gate", 0), ("up", both // 2)))
+
+    def read(self, part: Part) -> Tensor:
+        raise ModelFileError(f"{part.name} has no bytes: this model is a configuration only")
+
+    def read_scale(self, part: Part) -> Tensor | None:
+        return None
+
+    def _part(self, name: str, shape: tuple[int, ...], where: tuple[slice, ...]) -> Part:
+        encoding = self._of(name, shape)
+        count = math.prod(shape)
+        if encoding in _PLAIN:
+            dtype, size = _PLAIN[encoding]
+            return Part(name, TensorSpec(shape, dtype, encoding, count * size), where)
+        if encoding == "fp8_block128":
+            blocks = math.prod(shape[:-2]) * math.ceil(shape[-2] / 128) * math.ceil(shape[-1] / 128)
+            return Part(name, TensorSpec(shape, torch.float32, encoding, count + 4 * blocks), where, scale=f"{name}_scale_inv")
+        block = ggml.BY_NAME[encoding]
+        nbytes = count // shape[-1] * block.row_bytes(shape[-1])
+        return Part(name, TensorSpec(shape, torch.float32, encoding, nbytes), where)
+
+    def _of(self, name: str, shape: tuple[int, ...]) -> str:
+        """The encoding of one tensor: norms, biases and routers are never quantised."""
+        if self._encoding == "bf16":
+            return "bf16"
+        if len(shape) < 2 or "norm" in name or ".gate.weight" in name or ".router." in name:
+            return "f32"
+        if self._encoding == "fp8":
+            return "bf16" if "embed" in name or "lm_head" in name else "fp8_block128"
+        wanted = self._encoding
+        if wanted == "q4_k_m":
+            wanted = "q6_k" if "lm_head" in name or "down_proj" in name and self._more_bits(name) else "q4_k"
+        return wanted if shape[-1] % ggml.BY_NAME[wanted].block_values == 0 else "q8_0" if shape[-1] % 32 == 0 else "bf16"
+
+    def _more_bits(self, name: str) -> bool:
+        """llama.cpp's choice for Q4_K_M: the first and last eighth of the layers, and every third between."""
+        layer = next((int(p) for p in name.split(".") if p.isdigit()), 0)
+        eighth = self._layers // 8
+        return layer < eighth or layer >= 7 * self._layers // 8 or (layer - eighth) % 3 == 2

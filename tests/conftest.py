@@ -1,0 +1,57 @@
+"""The environment of every test, golden pages, hypothesis' profile, and the last lines of a run."""
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+if not torch.cuda.is_available():  # before triton is imported: it reads this once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+HERE = Path(__file__).parent
+
+torch.set_num_threads(1)
+settings.register_profile("ktrans", deadline=None, max_examples=25, print_blob=True, derandomize=bool(os.environ.get("CI")),
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.load_profile("ktrans")
+
+Golden = Callable[[str, str], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/ from this run")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """`golden(name, text)` compares with tests/golden/<module>/<name>.txt."""
+    folder = HERE / "golden" / request.module.__name__.removeprefix("test_")
+
+    def check(name: str, actual: str) -> None:
+        path = folder / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(actual)
+        assert path.exists(), f"{path} is missing; run with --update-golden and review it"
+        assert actual == path.read_text(), f"{path} differs; review, then rerun with --update-golden"
+        assert actual.count("\n") <= 60, f"{path} has over 60 lines: the model is too big for the point"
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which instruction sets ran, and where the Triton kernels did: no variant is skipped in silence."""
+    lines = import_module("native.report").lines() if (HERE / "native" / "report.py").exists() else []
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    where = "in Triton's interpreter, on the CPU" if interpreted else f"on {torch.cuda.get_device_name(0)}" \
+        if torch.cuda.is_available() else "not at all: no GPU, and TRITON_INTERPRET is not 1"
+    terminalreporter.section("what really ran")
+    for line in (*lines, f"triton kernels {where}"):
+        terminalreporter.write_line(line)

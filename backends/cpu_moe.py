@@ -55,7 +55,7 @@ def _matrices(region: Region) -> dict[str, str]:
             else:
                 span = {"gate": (0, width), "up": (width, 2 * width)}.get(name)
                 parts = source.parts(node.meta["weight"])
-                found = {p.spec.encoding for p in parts if span is None or p.where[-2].start < span[1] and p.where[-2].stop > span[0]}
+                found = {p.spec.encoding for p in parts if span is None or (p.where[-2].start < span[1] and p.where[-2].stop > span[0])}
             types = {stored_as(e, compute) for e in found}
             known[name] = types.pop() if len(types) == 1 else "f32"
         region.node.meta["moe_types"] = known
@@ -104,8 +104,9 @@ class CpuMoe(Kernel):
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         shape, types = region.binding.shape, _matrices(region)
         packed = {m: _pack(parts, m, shape, types[m]) for m in _MATRICES}
-        weights = native.MoeWeights(shape.experts, shape.hidden, shape.width, shape.activation, *packed.values(),
-                                    *(types[m] for m in _MATRICES))
+        weights = native.MoeWeights(
+            shape.experts, shape.hidden, shape.width, shape.activation, packed["gate"], packed["up"], packed["down"],
+            types["gate"], types["up"], types["down"])
         return Packed(self.layout, packed, (weights, shared_pool(target[region.home or ""].threads or len(os.sched_getaffinity(0)))))
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:

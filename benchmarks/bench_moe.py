@@ -7,8 +7,9 @@ import sys
 import time
 
 import torch
-from ktcompile.backends import native
 from torch import Tensor
+
+from ktcompile.backends import native
 
 
 def weights(type: str, experts: int, hidden: int, width: int) -> native.MoeWeights:

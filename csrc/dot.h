@@ -26,15 +26,20 @@ KT_INLINE chunk chunk_load_tail(int type, const uint8_t *row, size_t col, size_t
     return chunk_load(type, padded, &none, 0);
 }
 
-/* result[r][t] = w[r][0 .. cols) . act[t]; type, rows and tokens are constants where this is inlined. */
+/* result[r][t] = w[r][0 .. cols) . act[t]; type, rows and tokens are constants where this is inlined.
+ * Asks for the weights ahead_bytes from here unless that is 0: two to four rows are too few for the hardware to run ahead. */
 KT_INLINE void products(const int type, const int rows, const int tokens, const uint8_t *const *w,
-                        const uint8_t *const *act, size_t cols, float *result) {
+                        const uint8_t *const *act, size_t cols, const size_t ahead_bytes, float *result) {
     const size_t chunks = kt_block_weights(type) / KT_CHUNK, block_bytes = kt_block_bytes(type);
     sums sum[8][8];
     size_t blocks = cols / kt_block_weights(type);
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int t = 0; t < tokens; t++) sum[r][t] = sums_zero();
     for (size_t b = 0; b < blocks; b++) {
         header head[8];
+        if (ahead_bytes)
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (size_t line = 0; line < (block_bytes + 63) / 64; line++)
+                    __builtin_prefetch(w[r] + b * block_bytes + ahead_bytes + line * 64, 0, 2);
         UNROLL for (int r = 0; r < rows; r++) header_open(type, w[r] + b * block_bytes, &head[r]);
         UNROLL for (size_t s = 0; s < chunks; s++) {
             UNROLL for (int r = 0; r < rows; r++) {
@@ -62,7 +67,7 @@ KT_INLINE void stream(const int type, const int rows, const int tokens, const kt
     for (size_t row = 0; row < dot->rows; row += (size_t)rows) {
         for (size_t r = 0; r < (size_t)rows; r++)
             w[r] = dot->w[m] + (row + r < dot->rows ? row + r : dot->rows - 1) * dot->row_bytes[m];
-        products(type, rows, tokens, w, act, dot->cols, result);
+        products(type, rows, tokens, w, act, dot->cols, (size_t)rows * dot->row_bytes[m], result);
         for (size_t r = 0; r < (size_t)rows && row + r < dot->rows; r++)
             for (size_t t = 0; t < dot->n_tokens; t++)
                 dot->out[m][t * dot->out_stride + row + r] = result[r * (size_t)tokens + t];
@@ -113,7 +118,7 @@ static void panel_products(const kt_dot *dot, size_t m, size_t col, size_t cols)
             size_t rows = dot->rows - row < PANEL_ROWS ? dot->rows - row : PANEL_ROWS;
             for (size_t r = 0; r < PANEL_ROWS; r++)
                 w[r] = dot->panel + (row + (r < rows ? r : rows - 1)) * kt_row_bytes(NATIVE, PANEL_COLS);
-            products(NATIVE, PANEL_ROWS, PANEL_TOKENS, w, act, kt_chunks(cols) * KT_CHUNK, result);
+            products(NATIVE, PANEL_ROWS, PANEL_TOKENS, w, act, kt_chunks(cols) * KT_CHUNK, 0, result);
             for (size_t t = 0; t < tokens; t++) {
                 float *out = dot->out[m] + (token + t) * dot->out_stride + row;
                 for (size_t r = 0; r < rows; r++) out[r] = (col ? out[r] : 0) + result[r * PANEL_TOKENS + t];

@@ -3,8 +3,6 @@
 from pkgutil import extend_path as _extend_path
 
 __path__ = _extend_path(__path__, __name__)  # repository root as cwd + a wheel: find the compiled extension
-from ktcompile.version import __version__
-
 from ktcompile.errors import CapacityError, KernelError, KtransError, ModelFileError, PassError, RulesError
 from ktcompile.graph import (
     Region,
@@ -23,6 +21,7 @@ from ktcompile.ops import BY_NAME as OPS
 from ktcompile.ops import bind
 from ktcompile.pipeline import Context, OptionError, Pass, Pipeline, load_rules
 from ktcompile.target import Device, Link, Target
+from ktcompile.version import __version__
 
 __all__ = [
     "OPS",

@@ -10,9 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ktcompile.errors import CapacityError
 from ktcompile.ops.base import LIBRARY
-
-PAGE = 16
-"""Tokens a page."""
+from ktcompile.symbols import PAGE
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def _gather(pool: Tensor, page_table: Tensor, heads: int, first: int, second: in
     rows = pool[page_table.long()]  # [R, P, page, width]
     batch = 1 if ragged else page_table.shape[0]
     split = rows.reshape(batch, -1, rows.shape[-1]).split([heads * first, heads * second], -1)
-    return tuple(x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous() for x in split)  # type: ignore[return-value]
+    return tuple(x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous() for x in split)
 
 
 def _gather_fake(pool: Tensor, page_table: Tensor, heads: int, first: int, second: int, ragged: bool,
@@ -102,14 +100,14 @@ for _signature, _impl, _fake in (
 
 # ------------------------------------------------------------------------------------------------ the cache
 
-class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
+class _PagedLayer(CacheLayerMixin):
     """One layer's pool `[pages, page, width]`; pages, lengths and mode are the owner's."""
 
     is_compileable = False
     is_sliding = False
 
     def __init__(self, owner: "PagedCache", pool: Tensor, last: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.owner, self.pool, self.last = owner, pool, last
         self.is_initialized = True
 
@@ -143,7 +141,7 @@ class _PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.owner.clear()
 
 
-class PagedCache(Cache):  # type: ignore[misc]
+class PagedCache(Cache):
     """Keys and values (or latents) of several requests in pages of 16 tokens.
 
     Rectangular (as any Hugging Face model uses it): `[B, S]` ids with B = `requests`; every row grows by S a step.
@@ -173,12 +171,13 @@ class PagedCache(Cache):  # type: ignore[misc]
         self.seq_len = torch.zeros(requests, dtype=torch.int64, device=main)
         self.query_start = torch.zeros(requests + 1, dtype=torch.int64, device=main)
         pools = [torch.zeros(requests * self.pages_each, PAGE, self.row.width, dtype=dtype, device=d) for d in devices]
+        self.pools = pools
         super().__init__(layers=[_PagedLayer(self, pool, i == count - 1) for i, pool in enumerate(pools)])
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pools."""
-        return sum(layer.pool.nbytes for layer in self.layers)
+        return sum(pool.nbytes for pool in self.pools)
 
     def begin(self, counts: Sequence[int]) -> None:
         """Announce that request r brings `counts[r]` tokens; the page table is cut to the pages in use."""

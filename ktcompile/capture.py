@@ -19,13 +19,15 @@ EXPERTS = "ktrans"
 """Name of our experts implementation in transformers: one `ktrans::moe` node a layer, whatever the model."""
 
 
-def _experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     odd = self.is_transposed or self.has_bias or not self.has_gate or getattr(self, "has_post_expert_norm", False)
     if odd or type(self)._apply_gate is not _default_apply_gate:  # gpt-oss, DeepSeek-V4: no `moe`; `bind` will say so
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        other: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        return other
     activation = getattr(self.config, "hidden_act", None) or getattr(self.config, "hidden_activation", "silu")
     name = {"gelu_pytorch_tanh": "gelu_tanh"}.get(str(activation), str(activation))
-    return torch.ops.ktrans.moe(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, name)
+    out: Tensor = torch.ops.ktrans.moe(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, name)
+    return out
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts)
@@ -136,14 +138,28 @@ def expression(value: Any) -> Any:
     return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
 
 
-def version(tensor: Tensor) -> int:
-    """How often a tensor was written in place: packed copies of an older version are stale."""
-    return int(tensor._version)
+def version(tensor: Tensor) -> tuple[int, int, bytes]:
+    """What is another after a tensor was written: packed copies of an older version are stale.
+
+    torch counts writes, but neither those through `.data` nor those to inference tensors: so its address, and on a CPU 64
+    of its values (reading a GPU's would wait for it), are part of it.
+    """
+    count = 0 if tensor.is_inference() else int(tensor._version)
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return count, tensor.data_ptr(), b""
+    sample = tensor.detach().view(-1)[::max(1, tensor.numel() // 64)]
+    return count, tensor.data_ptr(), sample.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def graph_limit() -> int:
     """How many graphs dynamo makes of one function before it silently runs it eagerly."""
     return int(torch._dynamo.config.recompile_limit)
+
+
+def graph_number() -> int:
+    """The number, from 1, of the graph that dynamo compiles now among those of its function. Seen in torch 2.13."""
+    current = torch._guards.CompileContext.current_compile_id()
+    return 1 + (current.frame_compile_id or 0) if current else 1
 
 
 # ------------------------------------------------------------------------------------------------ models without weights
@@ -156,7 +172,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa",
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa",
                                                      experts_implementation=EXPERTS)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFileError(f"transformers has no causal language model for {config.model_type!r} of this shape: {error}") \
@@ -173,7 +189,8 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             if buffer is not None and buffer.device.type == "meta":
                 kind = torch.float32 if buffer.dtype.is_floating_point else buffer.dtype
                 module._buffers[name] = _nan(buffer, kind)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _nan(like: Tensor, dtype: torch.dtype) -> Tensor:

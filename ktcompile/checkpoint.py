@@ -224,7 +224,7 @@ def _generation(fields: Mapping[str, object], where: str) -> GenerationConfig:
 def _gguf_tokenizer(source: GGUFSource, where: str) -> PreTrainedTokenizerFast:
     template = source.metadata.get("tokenizer.chat_template")
     context = source.metadata.get(f"{source.architecture}.context_length")
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer_from_gguf(source.metadata, where),
         chat_template=template if isinstance(template, str) else None,
         model_max_length=context if isinstance(context, int) else None,

@@ -125,7 +125,7 @@ def _one_prompt(prompt: str | None, file: Path | None) -> str | None:
 
 def _answer(session: "Session", messages: Sequence[dict[str, str]], most: int, think: bool) -> str:
     """Stream one answer to stdout, statistics to stderr. Ctrl-C stops the answer, not the program."""
-    rendered = session.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    rendered = str(session.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
     rendered += "<think>\n" if think else ""
     ids = session.tokenizer(rendered, add_special_tokens=False)["input_ids"]
     pieces: list[str] = []
@@ -228,7 +228,7 @@ def explain(
     if after is not None:
         settings.pipeline.until(after)  # an unknown pass is told before the work
     with err.status(f"capturing {checkpoint.name}"):
-        plans = make_plans(checkpoint, settings, phase, tokens, encoding)  # type: ignore[arg-type]
+        plans = make_plans(checkpoint, settings, phase, tokens, encoding)
     shown = next((p for p in plans if p.after == after), plans[-1])
     if html is not None:
         _write(html, html_page(plans))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ktcompile.capture import annotate, annotate_weights, graph_limit
+from ktcompile.capture import annotate, annotate_weights, graph_limit, graph_number
 from ktcompile.errors import KtransError, RulesError
 from ktcompile.kernel import available
 from ktcompile.load import pipeline_for, run_pipeline, settings_of
@@ -26,7 +26,6 @@ class _Compiled:
     target: Target
     store: BorrowedStore
     plans: list[Plan] = field(default_factory=list)
-    by_code: dict[str, int] = field(default_factory=dict)
 
 
 _COMPILED: dict[tuple[Any, ...], _Compiled] = {}  # registration with torch: dynamo calls the backend a graph at a time
@@ -56,7 +55,7 @@ def ktrans(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | Non
     annotate_weights(gm, None)
     if not any(n.meta["stack"] for n in gm.graph.nodes):
         return gm.forward  # no module was called: nothing to place
-    _count(compiled, gm)
+    _check_limit()
     pipeline = pipeline_for(None, given.get("rules"), given.get("experts"), given.get("ranking"))
     settings = settings_of(compiled.target, pipeline)
     tokens = _tokens(gm)
@@ -77,16 +76,14 @@ def _shared(options: Mapping[str, Any]) -> _Compiled:
     return _COMPILED[key]
 
 
-def _count(compiled: _Compiled, gm: fx.GraphModule) -> None:
+def _check_limit() -> None:
     """Raise where the next recompilation would exceed dynamo's limit, after which it runs the model eagerly."""
-    weights = [n.meta["weight"] for n in gm.graph.nodes if "weight" in n.meta]
-    code = "\n".join(weights)
-    compiled.by_code[code] = compiled.by_code.get(code, 0) + 1
-    if compiled.by_code[code] > max(6, graph_limit() - 1):
+    if graph_number() >= graph_limit():
         raise KtransError(
-            f"this model was compiled {compiled.by_code[code]} times; torch's limit is {graph_limit()}, and past it dynamo runs "
-            "the model eagerly without a word. Shapes that change cause it: pass a StaticCache of one size, or use ktcompile.load, "
-            "which needs two graphs for all shapes")
+            f"this is graph {graph_number()} of one function, which all Hugging Face models of a process share; torch's limit is "
+            f"{graph_limit()}, and past it dynamo runs the model eagerly without a word. Shapes that change cause it: pass a "
+            "StaticCache of one size, or use ktcompile.load, which needs two graphs for all shapes. Many models in one process: "
+            "raise torch._dynamo.config.recompile_limit")
 
 
 def _tokens(gm: fx.GraphModule) -> int:

@@ -134,7 +134,7 @@ class Session:
     def _choose(self, logits: Tensor) -> int:
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        scores = self.sampling.warpers()(torch.tensor([self.seen]), logits[None].cpu())
+        scores = self.sampling.warpers()(torch.tensor([self.seen]), logits[None].cpu())  # type: ignore[arg-type]
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 

@@ -34,6 +34,14 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def argument(node: fx.Node, index: int) -> fx.Node:
+    """The argument of a node at `index`, which must be a node. Raises PassError otherwise."""
+    value = node.args[index] if index < len(node.args) else None
+    if not isinstance(value, fx.Node):
+        raise PassError(f"{node.name}: argument {index} is {value!r}, wanted a value of the graph")
+    return value
+
+
 def is_scalar(node: fx.Node) -> bool:
     """Whether the node yields a number, a tuple of sizes, or nothing: such values stay on the host and are never copied."""
     value = value_of(node)
@@ -72,8 +80,8 @@ def writes(node: fx.Node) -> tuple[fx.Node, ...]:
         pairs = zip(schema.arguments, node.args, strict=False)
         return tuple(a for s, a in pairs if s.is_write and isinstance(a, fx.Node))
     name = getattr(node.target, "__name__", "")
-    if isinstance(node.kwargs.get("out"), fx.Node):
-        return (node.kwargs["out"],)
+    if isinstance(out := node.kwargs.get("out"), fx.Node):
+        return (out,)
     return tuple(args[:1]) if name.endswith("_") and not name.endswith("__") else ()
 
 
@@ -226,6 +234,10 @@ class Region:
     def choose(self, kernel: str, layout: str, packed_bytes: int) -> None:
         """Let `kernel` run it, from weights packed as `layout`."""
         self.node.meta.update(kernel=kernel, layout=layout, packed_bytes=packed_bytes)
+
+    def unbind(self) -> None:
+        """Keep the captured code: no kernel of the op may take it."""
+        self.node.meta["binding"] = None
 
     def define(self, op: "Definition", binding: Any) -> None:
         """Run the op's own definition, on the inputs that have a role in it, instead of the captured code."""
@@ -432,6 +444,14 @@ def _is_view(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in _VIEWS
 
 
+def _as_defined(unit: _Unit, view: fx.Node) -> bool:
+    """Whether a region that ends with `view` returns the shape of its `x`, as ops do: kernels know no other."""
+    x = unit.roles.get("x")
+    while x in unit.nodes:
+        x = x.all_input_nodes[0]
+    return x is None or str(value_of(x).shape) == str(value_of(view).shape)  # as text: comparing symbols adds guards
+
+
 def _units(todo: Sequence[fx.Node], owner: dict[fx.Node, _Unit]) -> list[_Unit]:
     """Every node in one unit, in execution order: bound module calls, and maximal runs of glue."""
     for node in todo:  # a view that one region alone reads, or that alone reads a region, belongs to it
@@ -444,14 +464,13 @@ def _units(todo: Sequence[fx.Node], owner: dict[fx.Node, _Unit]) -> list[_Unit]:
             owner[node] = unit
             continue
         source = node.all_input_nodes[0]
-        if source in owner and len(source.users) == 1 and owner[source].op != GLUE:
+        if source in owner and len(source.users) == 1 and owner[source].op != GLUE and _as_defined(owner[source], node):
             owner[source].nodes.append(node)
             owner[node] = owner[source]
     units: list[_Unit] = []
     seen: set[int] = set()
     for node in todo:
-        unit = owner.get(node)
-        if unit is None:
+        if node not in owner:
             path, cls = node.meta["stack"][-1] if node.meta["stack"] else ("", "")
             last = units[-1] if units and units[-1].op == GLUE else None
             if last is None or last.path != path:
@@ -459,9 +478,9 @@ def _units(todo: Sequence[fx.Node], owner: dict[fx.Node, _Unit]) -> list[_Unit]:
                 units.append(last)
             last.nodes.append(node)
             owner[node] = last
-        elif id(unit) not in seen:
-            seen.add(id(unit))
-            units.append(unit)
+        elif id(owner[node]) not in seen:
+            seen.add(id(owner[node]))
+            units.append(owner[node])
     return _in_order(units, owner)
 
 

@@ -124,7 +124,7 @@ def choose(
     kernels: Mapping[str, Kernel],
 ) -> tuple[Kernel | None, list[tuple[str, str]]]:
     """The first of the `wanted` kernels that takes the region, and (kernel, why not) of those before it."""
-    refused = []
+    refused: list[tuple[str, str]] = []
     for name in wanted:
         kernel = kernels[name]
         why = refusal(kernel, region, target)

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ktcompile.cache import PAGE, PagedCache
+from ktcompile.cache import PagedCache
 from ktcompile.capture import annotate_weights, capture, empty_model
 from ktcompile.checkpoint import Checkpoint, open_checkpoint
 from ktcompile.errors import KtransError, RulesError
@@ -20,6 +20,7 @@ from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_p
 from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Store, check_one_layout, lower
+from ktcompile.symbols import PAGE
 from ktcompile.target import Target, detect
 from ktcompile.weights import ImaginedSource, ModuleSource
 
@@ -166,7 +167,7 @@ class _Forward:
         decode = len(counts) == 1 and ids.numel() == 1 and keep.numel() == 1
         values = {"ids": ids[None], "positions": positions[None], "keep": keep, "cache.page_table": cache.page_table,
                   "cache.seq_len": cache.seq_len, "cache.query_start": cache.query_start}
-        values.update({f"cache.layers.{i}.pool": layer.pool for i, layer in enumerate(cache.layers)})
+        values.update({f"cache.layers.{i}.pool": pool for i, pool in enumerate(cache.pools)})
         (logits,) = self.phases["decode" if decode else "prefill"](values)
         cache.advance()
         return logits[0]  # type: ignore[no-any-return]
@@ -239,7 +240,9 @@ def load(model: str | Path | Checkpoint | None = None, *, gguf: str | Path | Non
               for i, phase in enumerate(PHASES)}
     forward = _Forward(checkpoint.config, settings, phases, _pool_devices(graphs["decode"], settings.target))
     hollow.forward = torch.compiler.disable(forward.__call__)
-    hollow.plans, hollow.step, hollow.new_cache, hollow.store = plans, forward.step, forward.new_cache, store
+    extra = {"plans": plans, "step": forward.step, "new_cache": forward.new_cache, "store": store}
+    for name, value in extra.items():
+        setattr(hollow, name, value)
     hollow.generation_config = checkpoint.generation
     return hollow
 
@@ -256,10 +259,11 @@ class _WithTables:
     def __init__(self, source: Any, tables: Mapping[str, Tensor]) -> None:
         self.source = source
         have = set(source.keys())
-        self.tables = ModuleSource({k: v for k, v in tables.items() if k not in have})
+        own = {k: v for k, v in tables.items() if k not in have}
+        self.tables, self.names = ModuleSource(own), frozenset(own)
 
     def _of(self, key: str) -> Any:
-        return self.tables if key in self.tables.keys() else self.source
+        return self.tables if key in self.names else self.source
 
     def keys(self) -> Iterable[str]:
         return [*self.source.keys(), *self.tables.keys()]

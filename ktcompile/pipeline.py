@@ -315,7 +315,7 @@ def make_pass(cls: type[Pass], values: Mapping[str, Any], where: str) -> Pass:
 def _value(node: yaml.Node, file: str, what: str, hint: Any) -> Any:
     """The YAML value as the type of the option, or a RulesError that says what was wanted."""
     try:
-        value = yaml.SafeLoader("").construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        value = yaml.SafeLoader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RulesError(f"{_at(node, file)}: {what}: {getattr(error, 'problem', None) or error}") from error
     try:

@@ -10,8 +10,10 @@ import sympy
 import torch
 from torch import fx
 
-from ktcompile.graph import Region, copies, device_of, is_copy, is_region, is_scalar, regions, value_of
+from ktcompile.graph import Region, argument, copies, device_of, is_copy, is_region, is_scalar, regions, value_of
 from ktcompile.kernel import CONTEXT, TOKENS, Kernel
+from ktcompile.symbols import concrete
+from ktcompile.symbols import sizes as symbol_sizes
 from ktcompile.target import Target
 from ktcompile.verify import gib, used
 
@@ -108,7 +110,7 @@ class Plan:
 def make_plan(gm: fx.GraphModule, target: Target, *, model: str, phase: str, tokens: int, context: int, after: str = "",
               notes: Iterable[tuple[str, str, str]] = (), kernels: Mapping[str, Kernel] | None = None) -> Plan:
     """The plan of a folded graph. Sizes are those of a step of `tokens` tokens after `context` tokens."""
-    sizes = _sizes(gm, tokens, context)
+    sizes = symbol_sizes(gm, tokens, context)
     names = _names(gm)
     rows = tuple(_row(n, names, sizes, target, kernels or {}, tokens, context) for n in gm.graph.nodes
                  if is_region(n) or is_copy(n))
@@ -150,10 +152,11 @@ def _row(node: fx.Node, names: Mapping[fx.Node, str], sizes: Mapping[str, int], 
          kernels: Mapping[str, Kernel], tokens: int, context: int) -> Row:
     kind = _type(value_of(node), sizes)
     if is_copy(node):
-        source, to = device_of(node.args[0]) or "", str(node.args[1])
+        copied, to = argument(node, 0), str(node.args[1])
+        source = device_of(copied) or ""
         link = target.link(source, to)
         nbytes = _nbytes(value_of(node), sizes)
-        return Row(names[node], str(names[node]), f"-> {to}", "copy", (names[node.args[0]],), kind, "", nbytes, "",
+        return Row(names[node], str(names[node]), f"-> {to}", "copy", (names[copied],), kind, "", nbytes, "",
                    (nbytes / link.bandwidth + link.latency) * 1e6)
     region = Region(node)
     reads = tuple(dict.fromkeys(re.sub(r"#\d+", "", names[i]) for i in region.inputs
@@ -162,7 +165,7 @@ def _row(node: fx.Node, names: Mapping[fx.Node, str], sizes: Mapping[str, int], 
     main = [c for c in codes if c not in ("", "f32")] or list(codes)
     kernel = kernels.get(region.kernel or "")
     us = None
-    if kernel is not None and region.device in target:
+    if kernel is not None and region.device is not None:
         device = target[region.device]
         cost = kernel.cost(region, target)
         at = {TOKENS: tokens, CONTEXT: context}
@@ -172,33 +175,9 @@ def _row(node: fx.Node, names: Mapping[fx.Node, str], sizes: Mapping[str, int], 
                region.kernel or "", us)
 
 
-def _sizes(gm: fx.GraphModule, tokens: int, context: int) -> dict[str, int]:
-    """The value of every symbol of the graph: an input's second axis counts tokens, a page table's pages."""
-    out = {}
-    for node in gm.graph.nodes:
-        value = value_of(node)
-        if node.op != "placeholder" or not isinstance(value, torch.SymInt):
-            continue
-        name, axis = node.meta.get("size_of", ("", 0))
-        if name.endswith("page_table"):
-            out[str(value)] = -(-context // 16) if axis == 1 else 1
-        else:
-            out[str(value)] = tokens if axis == 1 else 2 if name.endswith("query_start") else 1
-    return out
-
-
-def _dim(size: Any, sizes: Mapping[str, int]) -> int | str:
-    """A size in numbers; a symbol that nothing gives a value stays one."""
-    if isinstance(size, int):
-        return size
-    value = sympy.sympify(str(size), locals={s: sympy.Symbol(s, integer=True) for s in sizes}).subs(
-        {sympy.Symbol(s, integer=True): v for s, v in sizes.items()})
-    return int(value) if value.is_number else str(value)
-
-
 def _type(value: Any, sizes: Mapping[str, int]) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{','.join(str(_dim(d, sizes)) for d in value.shape)}]"
+        return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{','.join(str(concrete(d, sizes)) for d in value.shape)}]"
     if isinstance(value, (tuple, list)):
         return ", ".join(_type(v, sizes) for v in value)
     return "" if value is None else str(value)
@@ -207,7 +186,7 @@ def _type(value: Any, sizes: Mapping[str, int]) -> str:
 def _nbytes(value: Any, sizes: Mapping[str, int]) -> int:
     total = int(value.element_size())
     for size in value.shape:
-        dim = _dim(size, sizes)
+        dim = concrete(size, sizes)
         total *= dim if isinstance(dim, int) else 1
     return total
 
@@ -235,6 +214,10 @@ def _layer(name: str) -> int | None:
 
 def _relative(text: str, layer: int) -> str:
     return re.sub(r"\bL(\d+)\.", lambda m: f"L[{int(m[1]) - layer}].", text)
+
+
+def _absolute(text: str, layer: int) -> str:
+    return re.sub(r"L\[(-?\d+)\]", lambda m: f"L{layer + int(m[1])}", text)
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
@@ -289,14 +272,13 @@ def _grouped(items: Iterable[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str
     for key, members in groups.items():
         layers = [layer for layer, _ in members if layer is not None]
         first = members[0][0]
-        texts = tuple(t if first is None else re.sub(r"L\[(-?\d+)\]", lambda m, f=first: f"L{f + int(m[1])}", t)
-                      for t in key[1:])
+        texts = tuple(t if first is None else _absolute(t, first) for t in key[1:])
         yield (f"{spans(layers)} {key[0]}" if layers else members[0][1]), texts
 
 
 def group_notes(notes: Iterable[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
     """Notes that differ only by layer as one: (by, `L1-L5 experts`, why)."""
-    for name, (by, why) in _grouped((name, (by, why)) for by, name, why in notes):  # type: ignore[misc]
+    for name, (by, why) in _grouped((name, (by, why)) for by, name, why in notes):
         yield by, name, why
 
 
@@ -315,7 +297,7 @@ def _changes(before: Sequence[Row], after: Sequence[Row]) -> Iterator[str]:
         lines += [(n, ("+", " ".join(filter(None, _cells(new[n])[1:5])))) for n in list(new)[j1:j2] if n not in old]
         moved = [n for n in list(new)[j1:j2] if n in old and _cells(old[n])[1:8] != _cells(new[n])[1:8]]
         lines += [(n, ("~", " ".join(_cells(new[n])[1:5]))) for n in moved]
-    for name, (sign, text) in _grouped(lines):  # type: ignore[misc]
+    for name, (sign, text) in _grouped(lines):
         yield f"{sign} {name}  {text}"
 
 

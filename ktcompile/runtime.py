@@ -48,15 +48,15 @@ class BorrowedStore:
 
     def __init__(self, target: Target, kernels: Mapping[str, Kernel]) -> None:
         self.target, self.kernels = target, kernels
-        self._packed: Any = WeakIdKeyDictionary()  # first weight -> {(layout, device, other ids): (versions, Packed)}
+        self._packed: Any = WeakIdKeyDictionary()  # first weight -> {(layout, device): (versions of all, Packed)}
 
     def get(self, region: Region, weights: Sequence[Tensor]) -> Packed:
         """The weights in the layout of the region's kernel."""
         if not weights:
             return Packed(str(region.node.meta["layout"]))
         held = self._packed.setdefault(weights[0], {})
-        key = region.node.meta["layout"], region.home, tuple(map(id, weights[1:]))
-        versions = tuple(version(w) for w in weights)
+        key = region.node.meta["layout"], region.home
+        versions = tuple((id(w), version(w)) for w in weights)
         if key in held and held[key][0] == versions:
             packed: Packed = held[key][1]
             return packed
@@ -110,8 +110,9 @@ class Executable:
             return self._run(*args)
 
     def flat(self, *args: Any) -> Any:
-        """Run on dynamo's arguments in dynamo's order."""
-        return self._run(*args)
+        """Run on dynamo's arguments in dynamo's order. No kernel has a backward: no result may look as if it had."""
+        with torch.no_grad():
+            return self._run(*args)
 
 
 def lower(gm: fx.GraphModule, plan: Plan, store: Store, progress: Progress | None = None) -> Executable:

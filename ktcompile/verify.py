@@ -1,12 +1,15 @@
-"""The invariants of a graph, by name. A pass establishes them; from then on they hold after every pass."""
-
+"""What must hold: the invariants of a graph by name, and that a bound region computes what its op says."""
 import operator
 from collections.abc import Callable
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from ktcompile.errors import CapacityError, PassError
 from ktcompile.graph import Region, device_of, is_copy, is_region, is_scalar, regions, stored_bytes, value_of
+from ktcompile.ops import BY_NAME
+from ktcompile.symbols import PAGE, concrete, sizes
 from ktcompile.target import Target
 
 
@@ -118,3 +121,96 @@ INVARIANTS: dict[str, Callable[[fx.GraphModule, Target], None]] = {
 def check(name: str, gm: fx.GraphModule, target: Target) -> None:
     """Raise PassError where invariant `name` does not hold."""
     INVARIANTS[name](gm, target)
+
+
+# ------------------------------------------------------------------------------------------------ bindings
+
+PROVABLE_BYTES = 512 << 20
+"""Regions with more weights than this are not run on made-up ones."""
+
+_TOKENS, _STORED = 3, 5
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def wrong_binding(region: Region) -> str | None:
+    """Run the captured body and the op's definition on the same random inputs; say so where they differ.
+
+    None: they agree, or the weights are larger than PROVABLE_BYTES. Values: relative to the largest of the result.
+    """
+    op = BY_NAME[region.op]
+    weights = region.weights
+    if op.define is None or sum(value_of(w).nbytes for w in weights.values()) > PROVABLE_BYTES:
+        return None
+    module = region.node.graph.owning_module
+    assert module is not None
+    known = sizes(module, _TOKENS, _STORED + _TOKENS + 2 * PAGE)
+    inputs = _inputs(region, known)
+    made = [_weight(w) for w in weights.values()]
+    definition = fx.GraphModule(torch.nn.Module(), op.define(region.binding, tuple(weights)))
+    roles = [inputs[region.binding.roles[r]] for r in op.roles]
+    before = [i.clone() if isinstance(i, Tensor) else i for i in roles]
+    with torch.no_grad():
+        want = region.body(*inputs, *made)
+        got = definition(*before, *made)
+    dtype = want.dtype
+    for name, a, b in [("result", want, got), *((r, x, y) for r, x, y in zip(op.roles, roles, before, strict=True)
+                                                if isinstance(x, Tensor) and x.dtype.is_floating_point)]:
+        error = float((a.float() - b.float()).abs().max() / a.float().abs().max().clamp(min=1e-9))
+        if not error <= _TOLERANCE.get(dtype, 1e-4):
+            return f"not {region.op}: on random inputs its captured code differs from the op by {error:.1e} in its {name}"
+    return None
+
+
+def _inputs(region: Region, known: dict[str, int]) -> list[Any]:
+    """Random inputs that mean something: one request with stored tokens, real page numbers, expert ids, a causal mask."""
+    roles = {i: r for r, i in region.binding.roles.items()}
+    generator = torch.Generator().manual_seed(0)
+    out: list[Any] = []
+    tables: dict[str, Tensor] = {}
+    for i, node in enumerate(region.inputs):
+        value = value_of(node)
+        if not isinstance(value, Tensor):
+            out.append(concrete(value, known))
+            continue
+        shape = [int(concrete(d, known)) for d in value.shape]
+        role = roles.get(i, "")
+        if role == "ids":
+            experts = region.binding.shape.experts
+            out.append(torch.stack([torch.randperm(experts, generator=generator)[:shape[-1]] for _ in range(shape[0])]))
+        elif role == "page_table":
+            tables[role] = torch.arange(shape[0] * shape[1]).view(shape)
+            out.append(tables[role])
+        elif role == "seq_len":
+            tables[role] = torch.full(shape, _STORED)
+            out.append(tables[role])
+        elif role == "query_start":
+            tokens = int(concrete(value_of(region.inputs[region.binding.roles["hidden"]]).shape[1], known))
+            tables[role] = torch.tensor([0, tokens])
+            out.append(tables[role])
+        elif role in ("cos", "sin"):
+            angle = torch.rand(*shape[:-1], shape[-1] // 2, generator=torch.Generator().manual_seed(1)) * 6
+            angle = torch.cat([angle, angle], -1)
+            out.append((angle.cos() if role == "cos" else angle.sin()).to(value.dtype))
+        elif value.dtype == torch.bool:
+            out.append(None)  # the mask needs the tables
+        else:
+            out.append(torch.randn(shape, generator=generator).to(value.dtype))
+    if tables:
+        hidden = out[region.binding.roles["hidden"]]
+        mask = torch.ops.ktrans.ragged_mask(*_tables(tables), hidden[..., 0], PAGE)
+        out = [mask if o is None else o for o in out]
+    return out
+
+
+def _tables(tables: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Page table, stored lengths and query starts, in the order of the cache's ops."""
+    return tables["page_table"], tables["seq_len"], tables["query_start"]
+
+
+def _weight(node: fx.Node) -> Tensor:
+    value = value_of(node)
+    made = torch.empty(tuple(value.shape), dtype=value.dtype)
+    if value.dim() < 2:
+        return made.uniform_(0.5, 1.5)
+    bound = (3.0 / value.shape[-1]) ** 0.5  # variance 1 / columns: values keep their size
+    return made.uniform_(-bound, bound)

@@ -35,9 +35,8 @@ class ChooseKernels(Pass):
             if kernel is None:
                 raise RulesError(f"choose-kernels: no kernel takes {region.path} ({region.op} on {region.device}): "
                                  f"{'; '.join(f'{n}: {w}' for n, w in refused)}. End the list with `reference`")
-            for name, why in refused:
-                if region.op in lists:
-                    ctx.skip(region, f"{name}: {why}")
+            for why in dict.fromkeys(w for _, w in refused) if region.op in lists else ():
+                ctx.skip(region, f"{', '.join(n for n, w in refused if w == why)}: {why}")
             op = OPS.get(region.op)
             if kernel.op == region.op and op is not None and op.define is not None:
                 region.define(op, region.binding)

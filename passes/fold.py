@@ -3,14 +3,16 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from ktcompile import Context, Pass, bind
+from ktcompile import OPS, Context, Pass, bind, regions
 from ktcompile import fold as fold_graph
+from ktcompile.verify import wrong_binding
 
 
 @dataclass(frozen=True)
 class Fold(Pass):
     """Fold each outermost module call that an op knows into one region, and what remains into glue.
 
+    What an op is said to mean is checked on random inputs; a region that computes something else keeps its captured code.
     Assumes a captured graph: module paths, types and weight names on its nodes.
     """
 
@@ -19,6 +21,16 @@ class Fold(Pass):
 
     def run(self, gm: GraphModule, ctx: Context) -> GraphModule:
         folded, refusals = fold_graph(gm, bind)
-        for path, why in refusals:
-            ctx.skip(path, why)
+        for path, told in refusals:
+            ctx.skip(path, told)
+        checked: dict[tuple[int, object], str | None] = {}
+        for region in regions(folded):
+            if region.binding is None or OPS[region.op].define is None:
+                continue
+            key = id(region.body), region.binding.shape
+            if key not in checked:
+                checked[key] = wrong_binding(region)
+            if (why := checked[key]) is not None:
+                region.unbind()
+                ctx.skip(region, why)
         return folded

@@ -24,6 +24,7 @@ from ktcompile import Context, Device, Pipeline, Target
 from ktcompile.cache import PAGE, PagedCache
 from ktcompile.capture import EXPERTS, annotate, annotate_weights, empty_model
 from ktcompile.checkpoint import Checkpoint
+from ktcompile.kernel import available
 from ktcompile.load import Phase, Settings, capture_phase, run_pipeline
 from ktcompile.passes.choose_kernels import ChooseKernels
 from ktcompile.passes.fold import Fold
@@ -92,10 +93,10 @@ CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
     "glm4_moe": lambda: _glm4_moe(),
     "gpt_oss": lambda: _gpt_oss(),
 }
-"""What no test names a reason for stays small: three layers, the first one dense where the family has that."""
+"""Two or three layers, the first one dense where the family has that."""
 
 UNDERSTOOD = tuple(n for n in CONFIGS if n != "gpt_oss")
-"""Families whose experts become `moe`; those of gpt-oss have biases."""
+"""Those whose experts become `moe`; the experts of gpt-oss have biases."""
 
 CONTEXT = 64
 """Tokens a request may hold in every test."""
@@ -189,10 +190,14 @@ class Plain:
     phase: Phase
     keys: Mapping[str, Tensor] = field(repr=False)
 
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The placeholders, in the order of the inputs."""
+        return [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+
     def fresh(self) -> list[Any]:
         """The inputs, with copies of those that the graph writes."""
-        nodes = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
-        return [a.clone() if n.meta.get("state") else a for n, a in zip(nodes, self.args, strict=True)]
+        return [a.clone() if n.meta.get("state") else a for n, a in zip(self.nodes, self.args, strict=True)]
 
     def run(self) -> list[Tensor]:
         """What the captured graph returns and leaves in the cache."""
@@ -210,20 +215,16 @@ class Plain:
 
     def run_lowered(self, gm: fx.GraphModule, target: Target) -> list[Tensor]:
         """The same, through kernels with packed weights."""
-        from ktcompile.kernel import available
-
         source = ModuleSource({k: v.detach() for k, v in self.keys.items()})
         executable: Executable = lower(gm, _NO_PLAN, Store(source, target, available()))
         args = self.fresh()
-        nodes = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
-        values = [a for n, a in zip(nodes, args, strict=True) if "weight" not in n.meta]
+        values = [a for n, a in zip(self.nodes, args, strict=True) if "weight" not in n.meta]
         with torch.no_grad():
             out = executable.flat(*values)
         return [*out, *self._state(args)]
 
     def _state(self, args: Sequence[Any]) -> list[Tensor]:
-        nodes = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
-        return [a for n, a in zip(nodes, args, strict=True) if n.meta.get("state")]
+        return [a for n, a in zip(self.nodes, args, strict=True) if n.meta.get("state")]
 
 
 _NO_PLAN = Plan("", "decode", 1, 0, "", (), (), 0, ())

@@ -2,21 +2,22 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ktcompile.backends import native
 from native import report
 from native.reference import ROUTINGS, Layer, error, layer, random_raw, route, values
 from tolerances import TOLERANCE
 
-import numpy as np
+from ktcompile.backends import native
 
 TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33)
 DENSE_SHAPES = ((1, 1), (31, 33), (64, 96), (257, 130))
@@ -328,6 +329,25 @@ def test_closed_pool():
     own.close()
     with pytest.raises(ValueError, match="the pool is closed"):
         native.moe(own, "scalar", weights, x, ids, scores)
+
+
+def test_amx_under_the_emulator(tmp_path):
+    """The same object code, trapped instruction by instruction: AMX is tested on machines that have none.
+
+    Its decoding uses AVX-512 BF16, which is not emulated.
+    """
+    reason = native.isas()["avx512_bf16"]
+    if reason is not None:
+        report.ran("amx", f"not emulated: {reason}")
+        pytest.skip(reason)
+    here, library = Path(__file__).parent / "native", tmp_path / "amx_emu.so"
+    compiler = sysconfig.get_config_var("CC").split()[0]
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", str(here / "amx_emu.c"), "-o", str(library), "-ldl", "-lm"], check=True)
+    done = subprocess.run([sys.executable, str(here / "amx_run.py")], env=environment(LD_PRELOAD=str(library)),
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "emulated" in done.stdout
+    report.ran("amx", "emulated")
 
 
 def environment(**more: str) -> dict[str, str]:

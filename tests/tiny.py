@@ -14,7 +14,7 @@ _CONFIGS = {
                     "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "rope_scaling": None},
     "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "moe_intermediate_size": 32,
                   "num_experts": 16, "num_experts_per_tok": 8, "norm_topk_prob": True},
-    "mixtral": {"num_key_value_heads": 2, "intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "mixtral": {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 2},
     "glm4_moe": {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "moe_intermediate_size": 32,
                  "n_routed_experts": 16, "n_shared_experts": 1, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1,
                  "first_k_dense_replace": 1, "norm_topk_prob": True},

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from ktcompile.graph import Site, value_of
+from ktcompile.graph import Site, argument, value_of
 from ktcompile.ops.base import LIBRARY, Binding, Bound, Op, calls, roles_of
 
 
@@ -154,7 +154,8 @@ def mla_reference(
 def _mla(hidden: Tensor, cos: Tensor, sin: Tensor, pool: Tensor, page_table: Tensor, seq_len: Tensor,
          query_start: Tensor, weights: list[Tensor], names: list[str], sizes: list[int], scale: float,
          interleaved: bool, eps: float) -> Tensor:
-    shape = MLAShape(*sizes, scale=scale, interleaved=interleaved, eps=eps)
+    heads, nope, rope, v, lora = sizes
+    shape = MLAShape(heads, nope, rope, v, lora, scale, interleaved, eps)
     return mla_reference(hidden, cos, sin, dict(zip(names, weights, strict=True)), shape, pool, page_table, seq_len,
                          query_start)
 
@@ -187,7 +188,7 @@ def _bind(site: Site) -> Bound | None:
     def no(why: str) -> Bound:
         return Bound("attention", why=f"not mla: {why}")
 
-    if not _ALWAYS <= have or have - _ALWAYS - _BIASES not in ({"q_proj.weight"}, _LORA_Q):
+    if not have >= _ALWAYS or have - _ALWAYS - _BIASES not in ({"q_proj.weight"}, _LORA_Q):
         return no(f"its weights are {', '.join(sorted(have))}")
     appends = [n for n in site.nodes if calls(n, "cache_append")]
     if len(appends) != 1:
@@ -195,14 +196,14 @@ def _bind(site: Site) -> Bound | None:
                   "and values out)")
     if len(site.outputs) != 1:
         return no(f"{len(site.outputs)} of its values are read outside, wanted 1")
-    pool, page_table, seq_len, query_start = appends[0].args[:4]
+    pool, page_table, seq_len, query_start = (argument(appends[0], i) for i in range(4))
     if not all(n in site.inputs for n in (pool, page_table, seq_len, query_start)):
         return no("the cache is not ragged (rectangular batches run the captured code)")
     if set(site.written) != {pool}:
         return no("it writes more than its page pool")
     rest = [n for n in site.tensors if n not in (pool, page_table, seq_len, query_start)]
     projection = next(n for n in site.nodes if site.weights["kv_a_proj_with_mqa.weight"] in n.all_input_nodes)
-    hidden = projection.args[0]
+    hidden = argument(projection, 0)
     rotary = [n for n in rest if any(cls.endswith("RotaryEmbedding") for _, cls in n.meta["stack"])]
     masks = [n for n in rest if n is not hidden and n not in rotary]
     if hidden not in rest or len(rotary) != 2:
@@ -226,7 +227,7 @@ def _bind(site: Site) -> Bound | None:
 
 def _shape(site: Site, attend: fx.Node) -> MLAShape | None:
     rows = {leaf: value_of(w).shape for leaf, w in site.weights.items()}
-    query = value_of(attend.args[0]).shape  # [B, heads, S, nope + rope]
+    query = value_of(argument(attend, 0)).shape  # [B, heads, S, nope + rope]
     lora = int(rows["kv_a_layernorm.weight"][0])
     rope = int(rows["kv_a_proj_with_mqa.weight"][0]) - lora
     heads, nope = int(query[1]), int(query[3]) - rope
@@ -236,7 +237,7 @@ def _shape(site: Site, attend: fx.Node) -> MLAShape | None:
     if not eps:
         return None
     interleaved = any(_parts_pairs(n) for n in site.nodes)
-    return MLAShape(heads, nope, rope, value, lora, float(scale) if scale is not None else float(query[3]) ** -0.5,
+    return MLAShape(heads, nope, rope, value, lora, float(scale) if isinstance(scale, (int, float)) else float(query[3]) ** -0.5,
                     interleaved, float(eps[0]))
 
 

@@ -5,6 +5,7 @@
 Weights are fused as Hugging Face holds them: `gate_up_proj [E, 2 I, H]`, gate first, and `down_proj [E, H, I]`.
 """
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional
 from ktcompile.graph import Site, value_of
 from ktcompile.ops.base import LIBRARY, Binding, Bound, Op, activation_of, calls, roles_of
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),

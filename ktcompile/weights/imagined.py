@@ -72,7 +72,7 @@ class ImaginedSource:
             return "bf16" if "embed" in name or "lm_head" in name else "fp8_block128"
         wanted = self._encoding
         if wanted == "q4_k_m":
-            wanted = "q6_k" if "lm_head" in name or "down_proj" in name and self._more_bits(name) else "q4_k"
+            wanted = "q6_k" if "lm_head" in name or ("down_proj" in name and self._more_bits(name)) else "q4_k"
         return wanted if shape[-1] % ggml.BY_NAME[wanted].block_values == 0 else "q8_0" if shape[-1] % 32 == 0 else "bf16"
 
     def _more_bits(self, name: str) -> bool:

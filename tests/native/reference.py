@@ -4,9 +4,10 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 import torch
-from ktcompile.backends import native
 from torch import Tensor
 from torch.nn import functional
+
+from ktcompile.backends import native
 
 GGML = {"q8_0": "Q8_0", "q5_0": "Q5_0", "q4_k": "Q4_K", "q6_k": "Q6_K"}
 ROUTINGS = ("random", "one expert", "some experts unused")

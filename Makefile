@@ -1,0 +1,27 @@
+# Everything a person does with this repository: one line a target. `make help` lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help setup demo test lint bench gpu-test gpu-bench clean
+help:       ## list the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+setup: $(READY)  ## .venv with everything, C kernels built
+demo: setup      ## the embedded model tells a story, compiled
+	@$(BIN)/ktrans chat --prompt "Tell me a story about a dog named Max." --temperature 0
+test: setup      ## all tests
+	@$(BIN)/python -m pytest
+lint: setup      ## ruff, and mypy --strict on ktcompile and passes
+	@$(BIN)/ruff check . && $(BIN)/mypy --strict
+bench: setup     ## the CPU kernels on this machine, JSON lines
+	@$(BIN)/python benchmarks/bench_moe.py
+gpu-test:        ## build, test and check on a machine with a GPU and no network; JSON in out/
+	@PYTHON=$(PYTHON) bash benchmarks/gpu.sh test
+gpu-bench:       ## the same machine's speed
+	@PYTHON=$(PYTHON) bash benchmarks/gpu.sh bench
+clean:           ## remove what was built
+	rm -rf build out $(VENV) ktcompile/_native*.so ktcompile/_native.c *.egg-info csrc/*.o
+
+$(READY): pyproject.toml constraints.txt setup.py benchmarks/setup.sh $(wildcard csrc/*.[ch]) csrc/build.py
+	@PYTHON=$(PYTHON) VENV=$(VENV) bash benchmarks/setup.sh && touch $@

@@ -1,6 +1,6 @@
 """The native CPU kernels of csrc/kt.h, with tensors for pointers: routed experts, packing, and the worker pool.
 
-Instruction sets ("isa") are chosen by the caller, by name. Results depend on the precision family only (`FAMILY`), up to
+The caller chooses the instruction set ("isa") by name. Results depend on the precision family only (`FAMILY`), up to
 the order of sums; tests/tolerances.py has one bound a family. Tensors are on the CPU. The extension is loaded at first
 use, so this module imports where it is not built.
 """
@@ -62,7 +62,7 @@ def _missing(isa: str) -> str | None:
 
 
 def isas() -> dict[str, str | None]:
-    """Every instruction set -> None if it runs here, else the reason why not. Requests AMX tile state from the kernel."""
+    """Every instruction set -> None if it runs here, else the reason why not. Asks the kernel for AMX tiles."""
     return {isa: _missing(isa) for isa in _ISAS}
 
 
@@ -133,7 +133,7 @@ def pack(
 ) -> Tensor:
     """Converts a row-major [rows, cols] matrix and returns its packed bytes, uint8 [packed_bytes(dst, rows, cols)].
 
-    Any source goes to "f32" or "bf16" (nearest even); a type of `TYPES` also to itself. `raw` holds exactly the source's
+    Any source goes to "f32" or "bf16" (nearest even); a type of `TYPES` also to itself. `raw` holds the source's
     bytes, whatever its dtype. `scale` is float32 [ceil(rows / 128), ceil(cols / 128)], for "fp8_block128" only. `out`
     receives the result if given. ValueError names what does not fit.
     """
@@ -233,8 +233,8 @@ def moe(
 
     x float32 [T, H], ids int64 [T, k], scores float32 [T, k], all contiguous; returns float32 [T, H], in `out` if given
     (which shares no memory with the inputs). Experts repeated in a row add up. The result is the same to the bit for
-    any number of threads. ValueError names a shape, a dtype, an id out of range, an isa that refuses the weights or does
-    not run here.
+    any number of threads. ValueError names a shape, a dtype, an id out of range, an isa that refuses the weights or
+    does not run here.
     """
     reason = _missing(isa)
     if reason is not None:

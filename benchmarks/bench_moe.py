@@ -2,9 +2,9 @@
 import argparse
 import json
 import os
-import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +27,12 @@ def weights(type: str, experts: int, hidden: int, width: int) -> native.MoeWeigh
 
     gate, up, down = matrices(width, hidden), matrices(width, hidden), matrices(hidden, width)
     return native.MoeWeights(experts, hidden, width, "silu", gate, up, down, type, type, type)
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else "unknown"
 
 
 def median_us(pool: native.Pool, isa: str, made: native.MoeWeights, tokens: int, top_k: int, seconds: float) -> float:
@@ -71,7 +77,7 @@ def main() -> None:
                     "kernel": "moe", "isa": isa, "type": type, "tokens": tokens, "us": round(us, 1),
                     "weight_gb_s": round(used * expert_bytes / us / 1e3, 2), "gflop_s": round(flop / us / 1e3, 1),
                     "hidden": options.hidden, "width": options.width, "experts": options.experts,
-                    "top_k": options.top_k, "threads": options.threads, "cpu": platform.processor() or platform.machine(),
+                    "top_k": options.top_k, "threads": options.threads, "cpu": cpu_name(),
                 }))
                 sys.stdout.flush()
     pool.close()

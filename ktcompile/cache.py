@@ -50,7 +50,11 @@ def slots(page_table: Tensor, seq_len: Tensor, query_start: Tensor, tokens: int,
 
 def _append(pool: Tensor, page_table: Tensor, seq_len: Tensor, query_start: Tensor, first: Tensor, second: Tensor) -> None:
     rows = torch.cat([x.transpose(1, 2).flatten(2) for x in (first, second)], -1).flatten(0, 1)  # [B S, width]
-    at = slots(page_table, seq_len, query_start, rows.shape[0], pool.shape[1])
+    try:
+        at = slots(page_table, seq_len, query_start, rows.shape[0], pool.shape[1])
+    except IndexError as error:
+        raise CapacityError(f"the cache holds {page_table.shape[1] * pool.shape[1]} tokens a request, and one brings more") \
+            from error
     pool.view(-1, pool.shape[-1])[at] = rows.to(pool.dtype)
 
 

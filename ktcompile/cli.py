@@ -118,7 +118,7 @@ def _one_prompt(prompt: str | None, file: Path | None) -> str | None:
     if file is None:
         return prompt
     try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text()
+        return (sys.stdin.read() if str(file) == "-" else file.read_text()).rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RulesError(f"--prompt-file {str(file)!r}: {error}") from error
 
@@ -161,6 +161,7 @@ def _converse(session: "Session", history: list[dict[str, str]], most: int, thin
             continue
         if text == "/new":
             history = list(start)
+            err.print("[dim]new conversation[/dim]")
             continue
         history = [*history, {"role": "user", "content": text}]
         answer = _answer(session, history, most, think)

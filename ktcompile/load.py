@@ -42,6 +42,8 @@ def pipeline_for(config: PretrainedConfig | None, rules: str | Path | None = Non
                  ranking: str | None = None) -> Pipeline:
     """The pipeline to run: the rules file, or the family's, with `prune-experts` if fewer `experts` are asked for."""
     pipeline = load_rules(rules or (default_rules(config) if config else "base"))
+    if experts is None and ranking is not None:
+        raise RulesError(f"ranking {ranking!r} says which experts to keep; say how many with experts")
     if experts is None:
         return pipeline
     values = {"keep": experts} | ({"ranking": ranking} if ranking else {})
@@ -175,7 +177,7 @@ class _Forward:
     def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                  position_ids: Tensor | None = None, past_key_values: Cache | None = None, use_cache: bool | None = None,
                  logits_to_keep: int | Tensor = 0, **unknown: Any) -> CausalLMOutputWithPast:
-        asked = sorted(k for k, v in unknown.items() if v not in (None, False) and k not in ("return_dict", "cache_position"))
+        asked = sorted(k for k, v in unknown.items() if v is not None and v is not False and k not in ("return_dict", "cache_position"))
         if input_ids is None or asked:
             raise KtransError(f"a compiled model takes input_ids, attention_mask, position_ids, past_key_values, use_cache "
                               f"and logits_to_keep; got {', '.join(asked) or 'no input_ids'}")

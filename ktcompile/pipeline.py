@@ -306,6 +306,12 @@ def make_pass(cls: type[Pass], values: Mapping[str, Any], where: str) -> Pass:
     missing = [f.name for f in fields(cls) if f.name not in values and _default(f) is MISSING]
     if missing:
         raise RulesError(f"{where}: {cls.name} needs {', '.join(missing)}")
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        try:
+            _typed(value, hints[key])
+        except TypeError as error:
+            raise RulesError(f"{where}: {cls.name}.{key} must be {error}, not {value!r}") from error
     try:
         return cls(**values)
     except RulesError as error:

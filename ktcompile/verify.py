@@ -174,6 +174,8 @@ def _inputs(region: Region, known: dict[str, int]) -> list[Any]:
             continue
         shape = [int(concrete(d, known)) for d in value.shape]
         role = roles.get(i, "")
+        if role == "pool":  # a short context has fewer pages than the made-up table names
+            shape[0] = max(shape[0], -(-(_STORED + _TOKENS + 2 * PAGE) // PAGE))
         if role == "ids":
             experts = region.binding.shape.experts
             out.append(torch.stack([torch.randperm(experts, generator=generator)[:shape[-1]] for _ in range(shape[0])]))

@@ -113,7 +113,7 @@ def config(name: str) -> PretrainedConfig:
 GPU = fake("24G", "512G")
 """A machine one does not have: plans are made for it, nothing runs."""
 
-TWO = Target((Device("cpu:1", "cpu", 1 << 30, 1e11), Device("cpu", "cpu", 1 << 30, 1e11)))
+TWO = Target((Device("cpu", "cpu", 1 << 30, 1e11), Device("cpu:1", "cpu", 1 << 30, 1e11)))
 """Two devices that both run here: torch takes cpu:1 for the CPU."""
 
 

@@ -1,10 +1,12 @@
 """What hypothesis draws: tiny models, placements, devices that are nearly full, and rules files with mistakes in them."""
 from collections.abc import Mapping
+from functools import cache
 
 from hypothesis import strategies as st
 from models import GPU, TWO, UNDERSTOOD, captured, rewritten, with_capacity
 
 from ktcompile import Target, regions
+from ktcompile.graph import matches
 from ktcompile.passes.fold import Fold
 
 FAST = ("deepseek_v3", "deepseek_v3_tied", "qwen3_moe", "mixtral", "glm4_moe")
@@ -19,19 +21,19 @@ phases = st.sampled_from(("prefill", "decode"))
 devices = st.sampled_from([d.name for d in TWO.devices])
 
 
-def paths(name: str) -> list[str]:
+@cache
+def paths(name: str) -> tuple[str, ...]:
     """The module paths of a folded model."""
     gm, _ = rewritten(captured(name), GPU, Fold())
-    return [r.path for r in regions(gm)]
+    return tuple(r.path for r in regions(gm))
 
 
 @st.composite
 def placements(draw: st.DrawFn, name: str, names: st.SearchStrategy[str] = devices) -> Mapping[str, str]:
     """Rules of `place` that each match something: globs to devices, the last one for everything."""
-    gm, _ = rewritten(captured(name), GPU, Fold())
-    useful = [g for g in _GLOBS if any(r.matches(g) for r in regions(gm))]
+    useful = [g for g in _GLOBS if any(matches(path, g) for path in paths(name))]
     chosen = draw(st.lists(st.sampled_from(useful), unique=True, max_size=6))
-    one = draw(st.lists(st.sampled_from([r.path for r in regions(gm)]), unique=True, max_size=2))
+    one = draw(st.lists(st.sampled_from(paths(name)), unique=True, max_size=2))
     return {glob: draw(names) for glob in (*chosen, *one, "*")}
 
 

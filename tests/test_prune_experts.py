@@ -40,18 +40,15 @@ def with_top_k(name: str, keep: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize(("name", "keep"), [(n, k) for n in FAMILIES for k in (1, 3) if n != "mixtral" or k < 2])
 def test_choice_is_the_model_with_a_smaller_top_k(name: str, keep: int) -> None:
     plain = captured_user(name, "ktrans")
-    if keep >= with_top_k_of(name):
-        pytest.skip(f"{name} uses {with_top_k_of(name)}")
     gm, _ = rewritten(plain.gm, TWO, Fold(), PruneExperts(keep))
     ids = next(a for n, a in zip(plain.nodes, plain.args, strict=True) if n.meta.get("input", "").endswith("ids"))
     with torch.no_grad():
         wanted = with_top_k(name, keep)(ids).logits
-    assert torch.equal(plain.run_rewritten(gm)[0], wanted)
-    assert not torch.equal(plain.run()[0], wanted)
+    before, after = ([o for o in out if o.shape == wanted.shape] for out in (plain.run(), plain.run_rewritten(gm)))
+    assert len(after) == 1 and torch.equal(after[0], wanted) and not torch.equal(before[0], wanted)
 
 
 def with_top_k_of(name: str) -> int:

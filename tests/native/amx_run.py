@@ -17,7 +17,7 @@ CASES = (  # types, hidden, width, tokens, routing: 2 x 2 and 1 x 2 blocks, edge
 
 def main() -> None:
     traps = ctypes.c_ulong.in_dll(ctypes.CDLL(None), "amx_emu_traps")
-    native._native().lib.kt_isa_missing(native._ISAS.index("amx"))  # asks for tile data, and is answered by the emulator
+    native._native().lib.kt_isa_missing(native._ISAS.index("amx"))  # asks for tiles; the emulator answers
     pool = native.Pool(2)
     for types, hidden, width, tokens, routing in CASES:
         made = layer(types, 3, hidden, width)

@@ -1,4 +1,4 @@
-"""Routed experts in float64, random weights of every storage type, and routings: what the kernels are tested against."""
+"""Routed experts in float64, random weights of every storage type, and routings, to test the kernels against."""
 from dataclasses import dataclass
 
 import gguf
@@ -15,13 +15,16 @@ HALF_FIELDS = {"q8_0": (0,), "q5_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}  # by
 HALF_SCALE = {"q8_0": 1e-3, "q5_0": 6e-3, "q4_k": 2e-4, "q6_k": 6e-5}       # makes weights of about 0.1
 
 
-def random_raw(type: str, rows: int, cols: int, rng: np.random.Generator) -> Tensor:
-    """The bytes of a random valid [rows, cols] matrix, uint8 [packed_bytes]."""
+def random_raw(type: str, rows: int, cols: int, rng: np.random.Generator, positive: bool = False) -> Tensor:
+    """The bytes of a random valid [rows, cols] matrix, uint8; positive: no weight below 0 (dense and q8_0)."""
     if type in ("f32", "bf16"):
         values = torch.from_numpy(rng.normal(0, 0.1, (rows, cols)).astype(np.float32))
+        values = values.abs() if positive else values
         return (values if type == "f32" else values.to(torch.bfloat16)).reshape(-1).view(torch.uint8)
     weights, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[GGML[type]]]
     blocks = rng.integers(0, 256, (rows * cols // weights, nbytes), dtype=np.uint8)
+    if positive:
+        blocks &= 0x7F
     for offset in HALF_FIELDS[type]:
         scale = (rng.uniform(0.2, 1, len(blocks)) * HALF_SCALE[type]).astype(np.float16)
         blocks[:, offset : offset + 2] = scale.view(np.uint8).reshape(-1, 2)
@@ -63,13 +66,15 @@ class Layer:
 
 
 def layer(
-    types: tuple[str, str, str], experts: int, hidden: int, width: int, activation: str = "silu", seed: int = 0
+    types: tuple[str, str, str], experts: int, hidden: int, width: int, activation: str = "silu", seed: int = 0,
+    positive: bool = False,
 ) -> Layer:
     rng = np.random.default_rng(seed)
     shapes = ((width, hidden), (width, hidden), (hidden, width))
-    raw = [torch.stack([random_raw(type, *shape, rng) for _ in range(experts)]) for type, shape in zip(types, shapes)]
+    raw = [torch.stack([random_raw(type, *shape, rng, positive) for _ in range(experts)])
+           for type, shape in zip(types, shapes, strict=True)]
     exact = [torch.stack([values(row, type, *shape) for row in matrix])
-             for matrix, type, shape in zip(raw, types, shapes)]
+             for matrix, type, shape in zip(raw, types, shapes, strict=True)]
     return Layer(native.MoeWeights(experts, hidden, width, activation, *raw, *types), *exact)
 
 

@@ -1,0 +1,101 @@
+"""choose-kernels: every region gets the first kernel on its op's list that takes it."""
+import pytest
+import torch
+from conftest import Golden
+from hypothesis import given
+from hypothesis import strategies as st
+from models import GPU, TWO, Plain, captured, captured_plain, plan, rewritten
+from strategies import models, phases
+from tolerances import TOLERANCE
+from torch import Tensor
+
+from ktcompile import Device, Kernel, RulesError, Target, regions
+from ktcompile.kernel import Call, Parts, available, refusal
+from ktcompile.passes.choose_kernels import ChooseKernels
+from ktcompile.passes.fold import Fold
+from ktcompile.passes.insert_copies import InsertCopies
+from ktcompile.passes.place import Place
+from ktcompile.target import cpu_features
+from ktcompile.weights import ModuleSource
+
+BEFORE = (Fold(), Place(), InsertCopies())
+HERE = Target((Device("cpu", "cpu", 1 << 30, 1e11, cpu_features()),))
+FAMILY = {"avx512_bf16": "bf16", "amx": "bf16", "avx512_vnni": "int8"}
+
+
+def test_page(golden: Golden) -> None:
+    golden("reference", plan("deepseek_v3", GPU, *BEFORE, ChooseKernels(moe=("reference",)))[-1].text())
+
+
+def test_page_says_why_not(golden: Golden) -> None:
+    """A CPU without AVX-512, a model in fp32: the first kernels decline, each with a reason."""
+    old = Target((Device("cpu", "cpu", 1 << 34, 5e10, frozenset({"avx2", "fma", "f16c"})),))
+    page = plan("qwen3_moe", old, *BEFORE, ChooseKernels(moe=("amx", "avx512", "reference")))[-1].text()
+    golden("why_not", page)
+
+
+def kernels_that_take(plain: Plain) -> list[tuple[Kernel, str]]:
+    gm, _ = rewritten(plain.gm, HERE, Fold(), Place({"*": "cpu"}), InsertCopies())
+    return [(k, r.path) for r in regions(gm) for k in available().values() if refusal(k, r, HERE) is None]
+
+
+@given(data=st.data(), name=models, phase=phases)
+def test_a_kernel_that_accepts_packs_and_runs(data: st.DataObject, name: str, phase: str) -> None:
+    """Any kernel on any region that it does not refuse: as many bytes as announced, and what the body computes."""
+    plain = captured_plain(name, phase)  # type: ignore[arg-type]
+    kernel, path = data.draw(st.sampled_from(kernels_that_take(plain)))
+    gm, _ = rewritten(plain.gm, HERE, Fold(), Place({"*": "cpu"}), InsertCopies())
+    region = next(r for r in regions(gm) if r.path == path)
+    values: dict[str, object] = {}
+
+    class Watch(torch.fx.Interpreter):
+        """Notes what the region reads, before it writes to it, and what it returns."""
+
+        def run_node(self, n: torch.fx.Node) -> object:
+            if n is region.node:
+                values["args"] = [a.clone() if isinstance(a, Tensor) else a for a in map(self.env.get, n.args)]
+            values["out" if n is region.node else "other"] = result = super().run_node(n)
+            return result
+
+    with torch.no_grad():
+        Watch(gm).run(*plain.fresh())
+    inputs = values["args"][:len(region.inputs)]  # type: ignore[index]
+    if kernel.op == region.op:
+        inputs = [inputs[region.binding.roles[role]] for role in region.binding.roles]
+    keys = {leaf: str(node.meta["weight"]) for leaf, node in region.weights.items()}
+    source = ModuleSource({k: v.detach() for k, v in plain.keys.items()})
+    packed = kernel.pack(Parts(source, keys), region, HERE)
+    assert packed.layout == kernel.layout
+    assert packed.nbytes == kernel.packed_bytes(region)
+    binding = region.binding
+    call = Call(region.path, binding.shape if binding else None, region.body, tuple(region.weights))
+    with torch.no_grad():
+        made = kernel(packed, call, *inputs)
+    if kernel.op == "*":
+        assert torch.equal(*(torch.stack([o.float().sum() for o in (v if isinstance(v, tuple) else (v,))])
+                             for v in (made, values["out"])))
+        return
+    wanted = values["out"]
+    assert isinstance(wanted, Tensor) and made.shape == wanted.shape and made.dtype == wanted.dtype
+    assert (made - wanted).norm() <= TOLERANCE[FAMILY.get(kernel.name, "f32")] * wanted.norm()
+
+
+def refused(target: Target, choice: ChooseKernels) -> str:
+    with pytest.raises(RulesError) as error:
+        rewritten(captured("qwen3_moe"), target, *BEFORE, choice)
+    return f"{error.value}\n"
+
+
+def test_an_unknown_kernel(golden: Golden) -> None:
+    golden("unknown", refused(GPU, ChooseKernels(moe=("avx_512", "reference")))
+           + refused(GPU, ChooseKernels(ops={"norm": ("fastest",)})).split("known:", maxsplit=1)[0] + "\n")
+
+
+def test_nobody_takes_it(golden: Golden) -> None:
+    bare = Target((Device("cpu", "cpu", 1 << 34, 5e10),))
+    golden("nobody", refused(bare, ChooseKernels(moe=("amx", "avx2", "triton"))))
+
+
+def test_it_needs_a_local_graph() -> None:
+    with pytest.raises(RulesError, match="choose-kernels requires local, which no earlier pass establishes"):
+        rewritten(captured("qwen3_moe"), TWO, Fold(), Place({"*": "cpu"}), ChooseKernels())

@@ -75,7 +75,8 @@ def test_generate(family: str, batch: int) -> None:
     model = tiny.model(family)
     ids = tiny.ids(batch, 13)
     ids[-1, :5] = 0
-    asked: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != 0).long(), "max_new_tokens": 24, "do_sample": False}
+    asked: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != 0).long(), "max_new_tokens": 24,
+                             "do_sample": False}
     cache = PagedCache(model.config, requests=batch, context=64)
     assert torch.equal(model.generate(**asked, past_key_values=cache), model.generate(**asked))
     assert int(cache.get_seq_length()) == 13 + 23
@@ -127,7 +128,7 @@ requests_of_steps = st.integers(1, 4).flatmap(
 @example(family="qwen3_moe", steps=[[16, 0], [0, 16], [1, 1]], context=32)
 @example(family="deepseek_v3", steps=[[0], [PAGE]], context=PAGE)
 def test_ragged(family: str, steps: list[list[int]], context: int) -> None:
-    """What was appended, step by step and request by request, is what comes back; other rows of the pool are untouched."""
+    """What was appended, step by step and request by request, comes back; other rows of the pool are untouched."""
     cache = PagedCache(tiny.config(family), requests=len(steps[0]), context=context, ragged=True)
     kept: list[list[Tensor]] = [[] for _ in steps[0]]
     lengths = [0] * len(kept)
@@ -160,7 +161,8 @@ def test_ragged_mask(lengths: list[tuple[int, int]]) -> None:
     cache.lengths = [n for n, _ in lengths]
     cache.begin([c for _, c in lengths])
     total = sum(c for _, c in lengths)
-    mask = ops.ragged_mask(cache.page_table, cache.seq_len, cache.query_start, torch.zeros(1, total, dtype=torch.int64), PAGE)
+    positions = torch.zeros(1, total, dtype=torch.int64)
+    mask = ops.ragged_mask(cache.page_table, cache.seq_len, cache.query_start, positions, PAGE)
     width = cache.page_table.shape[1] * PAGE
     wanted = torch.zeros(total, len(lengths) * width, dtype=torch.bool)
     at = 0

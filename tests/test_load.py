@@ -1,4 +1,4 @@
-"""`ktcompile.load` end to end, against the recorded results of transformers and llama.cpp (tests/data/expected.json)."""
+"""`ktcompile.load` end to end, against results of transformers and llama.cpp (tests/data/expected.json)."""
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -90,7 +90,7 @@ def chunks(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 
 
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> float:
-    """exp of the mean negative log-likelihood of positions 257..511 of every chunk, each in one step from position 0."""
+    """exp of the mean negative log-likelihood of positions 257..511 of every chunk, each in one step."""
     total = 0.0
     cut = chunks(tokenizer)
     for chunk in cut:
@@ -124,7 +124,7 @@ def test_greedy_fp8(fp8: PreTrainedModel, prompt: str) -> None:
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy_gguf(gguf: PreTrainedModel, prompt: str) -> None:
-    """llama.cpp's tokens up to the first step that it nearly decided otherwise, and its log-probabilities throughout."""
+    """llama.cpp's tokens up to the first step that was nearly another, and its log-probabilities throughout."""
     wanted = LLAMA["greedy"][prompt]
     sure = next((i for i, m in enumerate(wanted["margins"]) if m < 0.1), len(wanted["tokens"]))
     assert greedy(gguf, PROMPTS[prompt])[:sure] == wanted["tokens"][:sure]
@@ -212,7 +212,8 @@ def test_logits_to_keep(gguf: PreTrainedModel) -> None:
     ids = row(PROMPTS["chat_story"])
     whole = gguf(ids).logits
     torch.testing.assert_close(gguf(ids, logits_to_keep=1).logits, whole[:, -1:], rtol=0, atol=1e-4)
-    torch.testing.assert_close(gguf(ids, logits_to_keep=torch.tensor([2, 0])).logits, whole[:, [2, 0]], rtol=0, atol=1e-4)
+    picked = gguf(ids, logits_to_keep=torch.tensor([2, 0])).logits
+    torch.testing.assert_close(picked, whole[:, [2, 0]], rtol=0, atol=1e-4)
     torch.testing.assert_close(gguf(input_ids=ids, use_cache=False).logits, whole)
     assert gguf(ids, use_cache=False).past_key_values is None
 
@@ -235,7 +236,8 @@ def test_sampling(gguf: PreTrainedModel) -> None:
 
     def sample(seed: int) -> list[int]:
         torch.manual_seed(seed)
-        return gguf.generate(ids, max_new_tokens=24, do_sample=True, temperature=1.0)[0].tolist()  # type: ignore[no-any-return]
+        out: list[int] = gguf.generate(ids, max_new_tokens=24, do_sample=True, temperature=1.0)[0].tolist()
+        return out
 
     assert sample(0) == sample(0)
     assert sample(0) != sample(1)
@@ -316,7 +318,7 @@ def test_foreign_cache(gguf: PreTrainedModel) -> None:
     ({"input_ids": torch.zeros(1, 2, dtype=torch.int64), "output_attentions": True}, "got output_attentions"),
     ({"input_ids": torch.zeros(1, 2, dtype=torch.int64), "labels": torch.zeros(1, 2)}, "got labels"),
     ({}, "no input_ids"),
-    ({"input_ids": torch.zeros(1, 2, dtype=torch.int64), "attention_mask": torch.ones(1, 1, 2, 2)}, r"\[batch, tokens\]"),
+    ({"input_ids": row([1, 2]), "attention_mask": torch.ones(1, 1, 2, 2)}, r"\[batch, tokens\]"),
 ])
 def test_wrong_arguments(gguf: PreTrainedModel, given: dict[str, Any], told: str) -> None:
     with pytest.raises(KtransError, match=told):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ktcompile.errors import KtransError, ModelFileError
 from ktcompile.graph import writes
@@ -21,7 +21,7 @@ EXPERTS = "ktrans"
 
 def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     odd = self.is_transposed or self.has_bias or not self.has_gate or getattr(self, "has_post_expert_norm", False)
-    if odd or type(self)._apply_gate is not _default_apply_gate:  # gpt-oss, DeepSeek-V4: no `moe`; `bind` will say so
+    if odd or type(self)._apply_gate.__name__ != "_default_apply_gate":  # gpt-oss, DeepSeek-V4: not `moe`
         other: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
         return other
     activation = getattr(self.config, "hidden_act", None) or getattr(self.config, "hidden_activation", "silu")
@@ -141,8 +141,8 @@ def expression(value: Any) -> Any:
 def version(tensor: Tensor) -> tuple[int, int, bytes]:
     """What is another after a tensor was written: packed copies of an older version are stale.
 
-    torch counts writes, but neither those through `.data` nor those to inference tensors: so its address, and on a CPU 64
-    of its values (reading a GPU's would wait for it), are part of it.
+    torch counts writes, but neither those through `.data` nor those to inference tensors: so its address, and on a CPU
+    64 of its values (reading a GPU's would wait for it), are part of it.
     """
     count = 0 if tensor.is_inference() else int(tensor._version)
     if tensor.device.type != "cpu" or not tensor.is_contiguous():

@@ -84,16 +84,20 @@ def chat(
 ) -> None:
     """Talk to a model: a conversation in the terminal, or one answer with --prompt."""
     text = _one_prompt(prompt, prompt_file)
+    import torch
+
     from ktcompile.generate import Sampling, Session, stop_tokens
-    from ktcompile.load import load
+    from ktcompile.load import load, torch_threads
     start = time.perf_counter()
+    target = _machine(None, None, cpu_threads)
     checkpoint = _open(model, gguf)
     defaults = checkpoint.generation
     sampling = Sampling(_first(temperature, getattr(defaults, "temperature", None), 0.6),
                         _first(top_p, getattr(defaults, "top_p", None), 0.95), top_k, min_p, seed)
     with _packing() as progress:
-        compiled = load(checkpoint, rules=rules, experts=experts, ranking=ranking, dtype=dtype, context=context,
-                        target=_machine(None, None, cpu_threads), progress=progress)
+        compiled: Any = load(checkpoint, rules=rules, experts=experts, ranking=ranking, dtype=dtype, context=context,
+                        target=target, progress=progress)
+    torch.set_num_threads(torch_threads(compiled.plans["decode"], target))
     session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
     err.print(f"[dim]{checkpoint.name}, loaded in {time.perf_counter() - start:.1f} s{_lossy(experts)}[/dim]")
     history = [{"role": "system", "content": system}] if system else []
@@ -338,6 +342,7 @@ def main() -> None:
     """Run the command; an error of ours is one line on stderr and exit code 2."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads sleep instead of spinning against ours
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     from ktcompile.errors import KtransError
     try:

@@ -55,6 +55,10 @@ def ktrans(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | Non
     annotate_weights(gm, None)
     if not any(n.meta["stack"] for n in gm.graph.nodes):
         return gm.forward  # no module was called: nothing to place
+    if not any(cls.endswith("Experts") for n in gm.graph.nodes for _, cls in n.meta["stack"]):
+        raise KtransError(
+            "this graph has no routed experts. The `eager` experts implementation breaks the graph at every layer: use "
+            "model.set_experts_implementation('grouped_mm') (the default). A model without experts needs no ktrans")
     _check_limit()
     pipeline = pipeline_for(None, given.get("rules"), given.get("experts"), given.get("ranking"))
     settings = settings_of(compiled.target, pipeline)
@@ -80,10 +84,10 @@ def _check_limit() -> None:
     """Raise where the next recompilation would exceed dynamo's limit, after which it runs the model eagerly."""
     if graph_number() >= graph_limit():
         raise KtransError(
-            f"this is graph {graph_number()} of one function, which all Hugging Face models of a process share; torch's limit is "
-            f"{graph_limit()}, and past it dynamo runs the model eagerly without a word. Shapes that change cause it: pass a "
-            "StaticCache of one size, or use ktcompile.load, which needs two graphs for all shapes. Many models in one process: "
-            "raise torch._dynamo.config.recompile_limit")
+            f"this is graph {graph_number()} of one function, which all Hugging Face models of a process share; torch's "
+            f"limit is {graph_limit()}, and past it dynamo runs the model eagerly without a word. Shapes that change "
+            "cause it: pass a StaticCache of one size, or use ktcompile.load, which needs two graphs for all shapes. Many "
+            "models in one process: raise torch._dynamo.config.recompile_limit")
 
 
 def _tokens(gm: fx.GraphModule) -> int:

@@ -464,7 +464,8 @@ def _units(todo: Sequence[fx.Node], owner: dict[fx.Node, _Unit]) -> list[_Unit]:
             owner[node] = unit
             continue
         source = node.all_input_nodes[0]
-        if source in owner and len(source.users) == 1 and owner[source].op != GLUE and _as_defined(owner[source], node):
+        ends = source in owner and len(source.users) == 1 and owner[source].op != GLUE
+        if ends and _as_defined(owner[source], node):
             owner[source].nodes.append(node)
             owner[node] = owner[source]
     units: list[_Unit] = []

@@ -1,4 +1,5 @@
 """From a model file to a compiled model, and to its plan without one."""
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,7 +178,8 @@ class _Forward:
     def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                  position_ids: Tensor | None = None, past_key_values: Cache | None = None, use_cache: bool | None = None,
                  logits_to_keep: int | Tensor = 0, **unknown: Any) -> CausalLMOutputWithPast:
-        asked = sorted(k for k, v in unknown.items() if v is not None and v is not False and k not in ("return_dict", "cache_position"))
+        asked = sorted(k for k, v in unknown.items()
+                       if v is not None and v is not False and k not in ("return_dict", "cache_position"))
         if input_ids is None or asked:
             raise KtransError(f"a compiled model takes input_ids, attention_mask, position_ids, past_key_values, use_cache "
                               f"and logits_to_keep; got {', '.join(asked) or 'no input_ids'}")
@@ -234,8 +236,6 @@ def load(model: str | Path | Checkpoint | None = None, *, gguf: str | Path | Non
         gm = capture_phase(hollow, phase, settings, checkpoint)
         graphs[phase], (plans[phase],) = run_pipeline(gm, settings, checkpoint.name, phase, 1 if phase == "decode" else 512)
     check_one_layout(list(graphs.values()))
-    if settings.target.host.threads:
-        torch.set_num_threads(settings.target.host.threads)
     source = _WithTables(checkpoint.source, dict(hollow.named_buffers()))
     store = Store(source, settings.target, available_kernels())
     phases = {phase: lower(graphs[phase], plans[phase], store, progress if i == 0 else None)
@@ -247,6 +247,19 @@ def load(model: str | Path | Checkpoint | None = None, *, gguf: str | Path | Non
         setattr(hollow, name, value)
     hollow.generation_config = checkpoint.generation
     return hollow
+
+
+SMALL_BYTES = 8 << 20
+"""A region with fewer bytes of weights than this gains nothing from a second thread of torch."""
+
+
+def torch_threads(plan: Plan, target: Target) -> int:
+    """How many threads torch should use beside our kernels: one where every region it runs on the CPU is small.
+
+    torch's threads wait for each other spinning; on a busy machine each wait can cost a whole tick of the scheduler.
+    """
+    largest = max((r.nbytes for r in plan.rows if r.kernel == "reference" and r.device == target.host.name), default=0)
+    return 1 if largest < SMALL_BYTES else target.host.threads or len(os.sched_getaffinity(0))
 
 
 def _pool_devices(gm: fx.GraphModule, target: Target) -> list[torch.device]:

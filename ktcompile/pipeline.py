@@ -136,7 +136,7 @@ class Pipeline:
         for p in self.passes:
             options = {f.name: _plain(getattr(p, f.name)) for f in fields(p) if getattr(p, f.name) != _default(f)}
             entries.append({p.name: options} if options else p.name)
-        return yaml.safe_dump({"pipeline": entries}, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump({"pipeline": entries}, sort_keys=False)
 
 
 def _signature(gm: fx.GraphModule) -> list[tuple[str, ...]]:
@@ -145,7 +145,9 @@ def _signature(gm: fx.GraphModule) -> list[tuple[str, ...]]:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _default(f: "Field[Any]") -> Any:
@@ -207,6 +209,9 @@ def parse_rules(text: str, file: str, depth: int = 0) -> Pipeline:
         raise RulesError(f"{file}: `extends` goes round in a circle or is deeper than 8 files")
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # a few aliases of aliases are gigabytes
+            if isinstance(event, yaml.AliasEvent) and event.start_mark:
+                raise RulesError(f"{file}:{event.start_mark.line + 1}: *{event.anchor}: a rules file has no aliases")
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -104,7 +104,7 @@ class Executable:
 
     def __call__(self, values: Mapping[str, Tensor]) -> Any:
         """Run on the inputs by name; what the captured function returned, as a tuple."""
-        args = [values[i].to(d) if isinstance(i, str) else values[i[0]].shape[i[1]]
+        args = [(values[i] if d is None else values[i].to(d)) if isinstance(i, str) else values[i[0]].shape[i[1]]
                 for i, d in zip(self.inputs, self.devices, strict=True)]
         with torch.inference_mode():
             return self._run(*args)
@@ -133,7 +133,9 @@ def lower(gm: fx.GraphModule, plan: Plan, store: Store, progress: Progress | Non
         progress("", total, total)
     given = [n for n in lowered.graph.nodes if n.op == "placeholder"]
     inputs = tuple(n.meta.get("size_of") or str(n.meta.get("input", n.name)) for n in given)
-    devices = tuple(store.target[n.meta["device"]].torch if "device" in n.meta else None for n in given)
+    # State is never moved: a copy would take the writes.
+    moved = ["device" in n.meta and not n.meta.get("state") for n in given]
+    devices = tuple(store.target[n.meta["device"]].torch if m else None for n, m in zip(given, moved, strict=True))
     return Executable(plan, lowered, inputs, devices)
 
 

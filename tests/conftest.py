@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, Phase, settings
 HERE = Path(__file__).parent
 
 torch.set_num_threads(1)
-settings.register_profile("ktrans", deadline=None, max_examples=25, print_blob=True, derandomize=bool(os.environ.get("CI")),
+settings.register_profile("ktrans", deadline=None, max_examples=25, print_blob=True,
+                          derandomize=bool(os.environ.get("CI")),
                           phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink] if not os.environ.get("CI")
                           else [Phase.explicit, Phase.generate],  # a shrink takes minutes: the blob repeats it here
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -1,4 +1,4 @@
-"""Tiny models of every family, captured once a configuration. `fold` never changes the captured graph: refold it freely."""
+"""Tiny models of every family, captured once a configuration. No pass changes a captured graph: refold it freely."""
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -37,61 +37,53 @@ from ktcompile.weights import ModuleSource
 
 torch.set_num_threads(1)
 
-_SIZES = dict(vocab_size=128, hidden_size=64, num_attention_heads=4, max_position_embeddings=512, eos_token_id=None,
-              bos_token_id=0, pad_token_id=None)
-_MLA = dict(num_key_value_heads=4, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
-_YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=128, beta_fast=32,
-             beta_slow=1, mscale=1.0, mscale_all_dim=1.0)
+_SIZES = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512,
+          "eos_token_id": None, "bos_token_id": 0, "pad_token_id": None}
+_MLA = {"num_key_value_heads": 4, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+_GQA = {"num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
+_WIDTHS = {"intermediate_size": 96, "moe_intermediate_size": 32, "num_experts_per_tok": 4}
+_SHARED = _WIDTHS | {"num_hidden_layers": 3, "n_shared_experts": 1, "n_routed_experts": 16, "first_k_dense_replace": 1}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+         "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
 
 
 def _deepseek_v3(**changes: Any) -> PretrainedConfig:
-    return DeepseekV3Config(**_SIZES | _MLA | dict(
-        intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3, n_shared_experts=1, n_routed_experts=16,
-        num_experts_per_tok=4, n_group=4, topk_group=2, first_k_dense_replace=1, q_lora_rank=24) | changes)
+    return DeepseekV3Config(**_SIZES | _MLA | _SHARED | {"n_group": 4, "topk_group": 2, "q_lora_rank": 24} | changes)
 
 
-def _deepseek_v2(**changes: Any) -> PretrainedConfig:
-    return DeepseekV2Config(**_SIZES | _MLA | dict(
-        intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3, n_shared_experts=1, n_routed_experts=16,
-        num_experts_per_tok=4, n_group=1, topk_group=1, topk_method="greedy", first_k_dense_replace=1,
-        q_lora_rank=None) | changes)
+def _deepseek_v2() -> PretrainedConfig:
+    return DeepseekV2Config(**_SIZES | _MLA | _SHARED, n_group=1, topk_group=1, topk_method="greedy", q_lora_rank=None)
 
 
-def _qwen3_moe(**changes: Any) -> PretrainedConfig:
-    return Qwen3MoeConfig(**_SIZES | dict(
-        intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, num_key_value_heads=2, head_dim=16,
-        num_experts=16, num_experts_per_tok=4, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[]) | changes)
+def _qwen3_moe() -> PretrainedConfig:
+    return Qwen3MoeConfig(**_SIZES | _GQA | _WIDTHS, num_experts=16, norm_topk_prob=True, decoder_sparse_step=1,
+                          mlp_only_layers=[])
 
 
-def _mixtral(**changes: Any) -> PretrainedConfig:
-    return MixtralConfig(**_SIZES | dict(
-        intermediate_size=32, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
-        sliding_window=None) | changes)
+def _mixtral() -> PretrainedConfig:
+    return MixtralConfig(**_SIZES | _GQA, intermediate_size=32, num_local_experts=8, num_experts_per_tok=2,
+                         sliding_window=None)
 
 
-def _glm4_moe(**changes: Any) -> PretrainedConfig:
-    return Glm4MoeConfig(**_SIZES | dict(
-        intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3, num_key_value_heads=2, head_dim=16,
-        n_routed_experts=16, num_experts_per_tok=4, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1)
-        | changes)
+def _glm4_moe() -> PretrainedConfig:
+    return Glm4MoeConfig(**_SIZES | _GQA | _SHARED, n_group=1, topk_group=1)
 
 
-def _gpt_oss(**changes: Any) -> PretrainedConfig:
-    return GptOssConfig(**_SIZES | dict(
-        intermediate_size=32, num_hidden_layers=2, num_key_value_heads=2, head_dim=16, num_local_experts=8,
-        num_experts_per_tok=2, sliding_window=16, layer_types=["sliding_attention", "full_attention"]) | changes)
+def _gpt_oss() -> PretrainedConfig:
+    return GptOssConfig(**_SIZES | _GQA, intermediate_size=32, num_local_experts=8, num_experts_per_tok=2,
+                        sliding_window=16, layer_types=["sliding_attention", "full_attention"])
 
 
 CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
-    "deepseek_v3": lambda: _deepseek_v3(),
+    "deepseek_v3": _deepseek_v3,
     "deepseek_v3_q": lambda: _deepseek_v3(q_lora_rank=None),
     "deepseek_v3_yarn": lambda: _deepseek_v3(rope_parameters=_YARN),
     "deepseek_v3_tied": lambda: _deepseek_v3(num_hidden_layers=2, tie_word_embeddings=True),
-    "deepseek_v2": lambda: _deepseek_v2(),
-    "qwen3_moe": lambda: _qwen3_moe(),
-    "mixtral": lambda: _mixtral(),
-    "glm4_moe": lambda: _glm4_moe(),
-    "gpt_oss": lambda: _gpt_oss(),
+    "deepseek_v2": _deepseek_v2,
+    "qwen3_moe": _qwen3_moe,
+    "mixtral": _mixtral,
+    "glm4_moe": _glm4_moe,
+    "gpt_oss": _gpt_oss,
 }
 """Two or three layers, the first one dense where the family has that."""
 
@@ -162,7 +154,7 @@ def captured(name: str, phase: Phase = "decode") -> fx.GraphModule:
 
 def plan(name: str, target: Target, *passes: Any, phase: Phase = "decode", every: bool = False) -> list[Plan]:
     """The plans of the passes on a captured model."""
-    return run_pipeline(captured(name, phase), settings(target, *passes), name, phase, 1 if phase == "decode" else 512,
+    return run_pipeline(captured(name, phase), settings(target, *passes), name, phase, 1 if phase == "decode" else 32,
                         every=every)[1]
 
 
@@ -182,7 +174,7 @@ def placed(rules: Mapping[str, str], kernels: Any = None) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Plain:
-    """A captured graph of a real model, with the inputs of the call in dynamo's order, before anything wrote to them."""
+    """A captured graph of a real model, with the inputs of the call in dynamo's order, before it wrote to them."""
 
     gm: fx.GraphModule
     args: tuple[Any, ...]
@@ -264,7 +256,8 @@ def captured_user(name: str, experts: str = "grouped_mm") -> Plain:
     return _recorded(lambda ids: model(ids), (ids,), name, "prefill", model)
 
 
-def _recorded(step: Callable[..., Any], given: tuple[Any, ...], name: str, phase: Phase, model: PreTrainedModel) -> Plain:
+def _recorded(step: Callable[..., Any], given: tuple[Any, ...], name: str, phase: Phase,
+              model: PreTrainedModel) -> Plain:
     found: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
 
     def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -278,7 +271,8 @@ def _recorded(step: Callable[..., Any], given: tuple[Any, ...], name: str, phase
     (gm, args), = found
     annotate(gm)
     annotate_weights(gm, None)
-    return Plain(gm, args, name, phase, dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers()))
+    keys = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    return Plain(gm, args, name, phase, keys)
 
 
 def _after(plain: Plain) -> list[Any]:

@@ -1,7 +1,7 @@
 """insert-copies: a value that is read on another device goes there once, just before its first use."""
 import pytest
 from conftest import Golden
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIGS, GPU, TWO, captured, plan, rewritten
 from strategies import models, phases, placements
@@ -23,6 +23,7 @@ def test_what_it_changes(golden: Golden) -> None:
 
 
 @given(data=st.data(), name=models, phase=phases)
+@settings(max_examples=8)
 def test_as_many_copies_as_crossings(data: st.DataObject, name: str, phase: str) -> None:
     """A copy for each (value, other device that reads it), no more, and each at its first reader."""
     rules = data.draw(placements(name))

@@ -4,7 +4,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 from conftest import Golden
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import GPU, TWO, captured, plan, rewritten, with_capacity
 from strategies import models, placements
@@ -41,6 +41,7 @@ def _expanded(glob: str) -> list[str]:
 
 
 @given(data=st.data(), name=models)
+@settings(max_examples=15)
 def test_first_match_wins(data: st.DataObject, name: str) -> None:
     rules = data.draw(placements(name))
     gm, _ = rewritten(captured(name), TWO, Fold(), Place(rules))

@@ -1,4 +1,5 @@
 """Routed experts on the CPU through csrc/: one kernel an instruction set, all of them over one packed layout."""
+
 import os
 from functools import cache
 from typing import Any, ClassVar
@@ -55,7 +56,11 @@ def _matrices(region: Region) -> dict[str, str]:
             else:
                 span = {"gate": (0, width), "up": (width, 2 * width)}.get(name)
                 parts = source.parts(node.meta["weight"])
-                found = {p.spec.encoding for p in parts if span is None or (p.where[-2].start < span[1] and p.where[-2].stop > span[0])}
+                found = {
+                    p.spec.encoding
+                    for p in parts
+                    if span is None or (p.where[-2].start < span[1] and p.where[-2].stop > span[0])
+                }
             types = {stored_as(e, compute) for e in found}
             known[name] = types.pop() if len(types) == 1 else "f32"
         region.node.meta["moe_types"] = known
@@ -95,7 +100,11 @@ class CpuMoe(Kernel):
 
     def packed_bytes(self, region: Region) -> int:
         shape, types = region.binding.shape, _matrices(region)
-        sizes = {"gate": (shape.width, shape.hidden), "up": (shape.width, shape.hidden), "down": (shape.hidden, shape.width)}
+        sizes = {
+            "gate": (shape.width, shape.hidden),
+            "up": (shape.width, shape.hidden),
+            "down": (shape.hidden, shape.width),
+        }
         return int(shape.experts) * sum(native.packed_bytes(types[m], *sizes[m]) for m in _MATRICES)
 
     def cost(self, region: Region, target: Target) -> Cost:
@@ -105,9 +114,22 @@ class CpuMoe(Kernel):
         shape, types = region.binding.shape, _matrices(region)
         packed = {m: _pack(parts, m, shape, types[m]) for m in _MATRICES}
         weights = native.MoeWeights(
-            shape.experts, shape.hidden, shape.width, shape.activation, packed["gate"], packed["up"], packed["down"],
-            types["gate"], types["up"], types["down"])
-        return Packed(self.layout, packed, (weights, shared_pool(target[region.home or ""].threads or len(os.sched_getaffinity(0)))))
+            shape.experts,
+            shape.hidden,
+            shape.width,
+            shape.activation,
+            packed["gate"],
+            packed["up"],
+            packed["down"],
+            types["gate"],
+            types["up"],
+            types["down"],
+        )
+        return Packed(
+            self.layout,
+            packed,
+            (weights, shared_pool(target[region.home or ""].threads or len(os.sched_getaffinity(0)))),
+        )
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
         x, ids, scores = inputs
@@ -136,7 +158,7 @@ def _pack(parts: Parts, matrix: str, shape: Any, dst: str) -> Tensor:
         scale = None if scale is None else scale.reshape(-1, *scale.shape[-2:])
         for i, expert in enumerate(range(experts.start, experts.stop)):
             lines = slice(begin - span.start, end - span.start)
-            place = out[expert, (begin - first) * row_bytes:(end - first) * row_bytes]
+            place = out[expert, (begin - first) * row_bytes : (end - first) * row_bytes]
             _convert(raw[i, lines], part.spec.encoding, dst, None if scale is None else scale[i], lines, cols, place)
     return out
 
@@ -146,7 +168,7 @@ def _convert(raw: Tensor, encoding: str, dst: str, scale: Tensor | None, lines: 
     if scale is not None and (encoding != "fp8_block128" or lines.start % 128):
         raise ValueError(f"cannot pack {encoding} from row {lines.start}: scale blocks of 128 rows must stay whole")
     if encoding in native.SOURCES:
-        at = None if scale is None else scale[lines.start // 128:-(-lines.stop // 128)].float().contiguous()
+        at = None if scale is None else scale[lines.start // 128 : -(-lines.stop // 128)].float().contiguous()
         native.pack(raw.contiguous(), encoding, dst, rows, cols, at, out)
         return
     native.pack(decode(raw, encoding, scale).contiguous(), "f32", dst, rows, cols, None, out)
@@ -177,7 +199,7 @@ class Avx512Bf16(CpuMoe):
 
 
 class Avx512Vnni(CpuMoe):
-    """AVX-512 with int8 products: activations rounded to 8 bits, a scale every 32. Lossy: only where a rules file lists it."""
+    """AVX-512 with int8 products: activations in 8 bits, a scale every 32. Lossy: only if a rules file lists it."""
 
     name = isa = "avx512_vnni"
 

@@ -1,4 +1,5 @@
 """encoded: any region on a GPU, its weights kept in the encoding of the model file and decoded at each call."""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,11 @@ def _q6_k(b: Tensor) -> Tensor:
 
 
 DECODERS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-    "q4_0": (18, _q4_0), "q5_0": (22, _q5_0), "q8_0": (34, _q8_0), "q4_k": (144, _q4_k), "q5_k": (176, _q5_k),
+    "q4_0": (18, _q4_0),
+    "q5_0": (22, _q5_0),
+    "q8_0": (34, _q8_0),
+    "q4_k": (144, _q4_k),
+    "q5_k": (176, _q5_k),
     "q6_k": (210, _q6_k),
 }
 """Encoding -> (bytes a block, decoder)."""
@@ -86,13 +91,17 @@ def decode_rows(raw: Tensor, encoding: str) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ weights kept encoded
 
+
 def keepable(source: WeightSource | None, key: str) -> bool:
-    """Whether a parameter can stay encoded: at most gate and up beside each other, block-quantised or FP8, as stored."""
+    """Whether a parameter can stay encoded: as stored, in at most two parts, block-quantised or FP8."""
     if source is None:
         return False
     parts = source.parts(key)
-    return len(parts) <= 2 and not any(p.transpose for p in parts) and all(
-        p.spec.encoding in DECODERS or p.scale is not None for p in parts)
+    return (
+        len(parts) <= 2
+        and not any(p.transpose for p in parts)
+        and all(p.spec.encoding in DECODERS or p.scale is not None for p in parts)
+    )
 
 
 def encoded_bytes(region: Region) -> int:
@@ -149,7 +158,9 @@ def decoded(packed: Packed, leaf: str) -> Tensor:
             found.append(decode_rows(raw, part.spec.encoding).to(dtypes[leaf]))
             continue
         scale = packed.tensors[f"{leaf}/{i}/scale"].float()
-        wide = scale.repeat_interleave(128, -2)[..., :raw.shape[-2], :].repeat_interleave(128, -1)[..., :raw.shape[-1]]
+        wide = scale.repeat_interleave(128, -2)[..., : raw.shape[-2], :].repeat_interleave(128, -1)[
+            ..., : raw.shape[-1]
+        ]
         found.append((raw.float() * wide).to(dtypes[leaf]))
     return found[0] if len(found) == 1 else torch.cat(found, -2)
 

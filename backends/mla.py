@@ -1,4 +1,5 @@
 """mla on a GPU: the Triton kernels of `triton_mla`, with weights decoded once or kept encoded."""
+
 from typing import Any
 
 import torch
@@ -35,8 +36,10 @@ class TritonMLA(Kernel):
         width = shape.lora + shape.rope
         elements = sum(int(value_of(w).numel()) for w in region.weights.values())
         pool = value_of(region.inputs[region.binding.roles["pool"]])
-        return Cost(weights + CONTEXT * width * pool.element_size(),
-                    2 * tokens * elements + 2 * tokens * (CONTEXT + tokens) * shape.heads * (width + shape.lora))
+        return Cost(
+            weights + CONTEXT * width * pool.element_size(),
+            2 * tokens * elements + 2 * tokens * (CONTEXT + tokens) * shape.heads * (width + shape.lora),
+        )
 
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         return Reference().pack(parts, region, target)

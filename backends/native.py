@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 FAMILY = {
-    "scalar": "f32", "avx2": "f32", "avx512": "f32",
-    "avx512_bf16": "bf16", "amx": "bf16",
+    "scalar": "f32",
+    "avx2": "f32",
+    "avx512": "f32",
+    "avx512_bf16": "bf16",
+    "amx": "bf16",
     "avx512_vnni": "int8",
 }
 """isa -> precision family: how activations and weights are rounded before they are multiplied."""
@@ -33,7 +36,7 @@ SOURCES = (*TYPES, "f16", "fp8_block128")
 """Types `pack` reads; "fp8_block128" is e4m3 with a float32 scale for each 128 x 128 block."""
 
 _ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx")  # in the order of kt_isa
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")                               # in the order of kt_activation
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order of kt_activation
 
 
 @cache
@@ -151,7 +154,8 @@ def pack(
         out = torch.empty(nbytes, dtype=torch.uint8)
     _need("out", out, torch.uint8, (nbytes,))
     status = _native().lib.kt_pack(
-        src_number, dst_number, rows, cols, _pointer("void", raw), scale_pointer, _pointer("void", out))
+        src_number, dst_number, rows, cols, _pointer("void", raw), scale_pointer, _pointer("void", out)
+    )
     if status:
         raise ValueError(f"cannot pack {src} as {dst}: {_error(status)}")
     return out
@@ -194,8 +198,10 @@ class MoeWeights:
             tensor, type_name = getattr(self, name), getattr(self, f"{name}_type")
             nbytes = packed_bytes(type_name, rows, cols)
             if tensor.dtype != torch.uint8 or tensor.device.type != "cpu" or tensor.dim() < 2:
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
-                                 f"not uint8 [{self.experts}, {nbytes}] on cpu")
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+                    f"not uint8 [{self.experts}, {nbytes}] on cpu"
+                )
             if tensor.shape[0] != self.experts:
                 raise ValueError(f"{name} has {tensor.shape[0]} experts, not {self.experts}")
             _need_bytes(f"an expert of {name}", tensor[0], nbytes)
@@ -265,8 +271,18 @@ def _launch(
         scratch_bytes = native.lib.kt_moe_scratch_bytes(pool._handle, struct, number, tokens, top_k)
         scratch = pool._scratch_of(scratch_bytes)
         status = native.lib.kt_moe_run(
-            pool._handle, struct, number, tokens, top_k, _pointer("float", x), _pointer("int64_t", ids),
-            _pointer("float", scores), _pointer("float", out), _pointer("void", scratch), scratch.numel())
+            pool._handle,
+            struct,
+            number,
+            tokens,
+            top_k,
+            _pointer("float", x),
+            _pointer("int64_t", ids),
+            _pointer("float", scores),
+            _pointer("float", out),
+            _pointer("void", scratch),
+            scratch.numel(),
+        )
     if status == native.lib.KT_BAD_EXPERT:
         raise ValueError(f"ids lie in [{int(ids.min())}, {int(ids.max())}], allowed is [0, {weights.experts})")
     if status:

@@ -1,4 +1,5 @@
 """reference: any region, by its own captured body, with its weights decoded once."""
+
 from typing import Any
 
 import sympy
@@ -28,8 +29,13 @@ class Reference(Kernel):
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         device = target[region.home or target.main.name].torch
         nodes = region.weights
-        return Packed(self.layout, {leaf: values(parts.source, key, value_of(nodes[leaf]).dtype).to(device)
-                                    for leaf, key in parts.keys.items()})
+        return Packed(
+            self.layout,
+            {
+                leaf: values(parts.source, key, value_of(nodes[leaf]).dtype).to(device)
+                for leaf, key in parts.keys.items()
+            },
+        )
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Any:
         return region.body(*inputs, *(packed.tensors[leaf] for leaf in region.leaves))

@@ -1,4 +1,5 @@
 """Times the routed experts: one JSON line a case. Run alone on the machine: python benchmarks/bench_moe.py --help"""
+
 import argparse
 import json
 import os
@@ -14,6 +15,7 @@ from ktcompile.backends import native
 
 def weights(type: str, experts: int, hidden: int, width: int) -> native.MoeWeights:
     """Random packed bytes whose float16 scales are small: q8_0, q5_0 and q4_k keep them first in a block."""
+
     def matrices(rows: int, cols: int) -> Tensor:
         if type in ("f32", "bf16"):
             dtype = torch.float32 if type == "f32" else torch.bfloat16
@@ -73,12 +75,25 @@ def main() -> None:
                 us = median_us(pool, isa, made, tokens, options.top_k, options.seconds)
                 used = options.experts * (1 - (1 - options.top_k / options.experts) ** tokens)
                 flop = 6 * tokens * options.top_k * options.hidden * options.width
-                print(json.dumps({
-                    "kernel": "moe", "isa": isa, "type": type, "tokens": tokens, "us": round(us, 1),
-                    "weight_gb_s": round(used * expert_bytes / us / 1e3, 2), "gflop_s": round(flop / us / 1e3, 1),
-                    "hidden": options.hidden, "width": options.width, "experts": options.experts,
-                    "top_k": options.top_k, "threads": options.threads, "cpu": cpu_name(),
-                }))
+                print(
+                    json.dumps(
+                        {
+                            "kernel": "moe",
+                            "isa": isa,
+                            "type": type,
+                            "tokens": tokens,
+                            "us": round(us, 1),
+                            "weight_gb_s": round(used * expert_bytes / us / 1e3, 2),
+                            "gflop_s": round(flop / us / 1e3, 1),
+                            "hidden": options.hidden,
+                            "width": options.width,
+                            "experts": options.experts,
+                            "top_k": options.top_k,
+                            "threads": options.threads,
+                            "cpu": cpu_name(),
+                        }
+                    )
+                )
                 sys.stdout.flush()
     pool.close()
 

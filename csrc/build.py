@@ -1,4 +1,5 @@
 """Builds `ktcompile._native` from csrc with cffi in API mode; `python csrc/build.py` compiles it in place."""
+
 import re
 from pathlib import Path
 
@@ -6,8 +7,16 @@ from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
-    "pool", "cpu", "pack", "moe",
-    "moe_scalar", "moe_avx2", "moe_avx512", "moe_avx512_bf16", "moe_avx512_vnni", "moe_amx",
+    "pool",
+    "cpu",
+    "pack",
+    "moe",
+    "moe_scalar",
+    "moe_avx2",
+    "moe_avx512",
+    "moe_avx512_bf16",
+    "moe_avx512_vnni",
+    "moe_amx",
 )
 HEADERS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.h"))
 
@@ -22,11 +31,14 @@ ffibuilder = FFI()
 ffibuilder.cdef(cdef())
 # No -m flags: each file names its instruction set in a pragma, so one build runs on every CPU.
 ffibuilder.set_source(
-    "ktcompile._native", '#include "kt.h"',
+    "ktcompile._native",
+    '#include "kt.h"',
     sources=[f"csrc/{name}.c" for name in SOURCES],
-    include_dirs=["csrc"], depends=HEADERS,
+    include_dirs=["csrc"],
+    depends=HEADERS,
     extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"],
-    extra_link_args=["-pthread"], libraries=["m"],
+    extra_link_args=["-pthread"],
+    libraries=["m"],
 )
 
 if __name__ == "__main__":

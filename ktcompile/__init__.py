@@ -1,14 +1,16 @@
 """ktcompile: run giant mixture-of-experts models on one machine, compiled by small graph passes."""
 
+from importlib import import_module
 from pkgutil import extend_path as _extend_path
+from typing import TYPE_CHECKING
 
 __path__ = _extend_path(__path__, __name__)  # repository root as cwd + a wheel: find the compiled extension
 from ktcompile.errors import CapacityError, KernelError, KtransError, ModelFileError, PassError, RulesError
+from ktcompile.folding import fold
 from ktcompile.graph import (
     Region,
     copies,
     device_of,
-    fold,
     insert_copy,
     is_copy,
     is_scalar,
@@ -22,6 +24,19 @@ from ktcompile.ops import bind
 from ktcompile.pipeline import Context, OptionError, Pass, Pipeline, load_rules
 from ktcompile.target import Device, Link, Target
 from ktcompile.version import __version__
+
+if TYPE_CHECKING:
+    from ktcompile.model import explain, load
+
+_LAZY = ("explain", "load")
+
+
+def __getattr__(name: str) -> object:
+    """`ktcompile.load` and `ktcompile.explain`: imported at first use, since transformers takes seconds."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ktcompile' has no attribute {name!r}")
+    return getattr(import_module("ktcompile.model"), name)
+
 
 __all__ = [
     "OPS",
@@ -44,13 +59,16 @@ __all__ = [
     "Region",
     "RulesError",
     "Target",
+    "__version__",
     "bind",
     "copies",
     "device_of",
+    "explain",
     "fold",
     "insert_copy",
     "is_copy",
     "is_scalar",
+    "load",
     "load_rules",
     "prune",
     "regions",

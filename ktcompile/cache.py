@@ -1,4 +1,5 @@
-"""PagedCache: a transformers Cache over pages, ragged or rectangular. Rows are latents (MLA) or keys and values (GQA)."""
+"""PagedCache: a transformers Cache over pages, ragged or rectangular; latents (MLA) or keys and values (GQA)."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ def row_layout(config: PretrainedConfig) -> RowLayout:
 
 # ------------------------------------------------------------------------------------------------ torch ops
 
+
 def slots(page_table: Tensor, seq_len: Tensor, query_start: Tensor, tokens: int, page: int) -> Tensor:
     """Where each of `tokens` new rows goes in a pool, `[tokens]`: its request's page, and the place in it."""
     row = torch.arange(tokens, device=page_table.device)
@@ -48,25 +50,36 @@ def slots(page_table: Tensor, seq_len: Tensor, query_start: Tensor, tokens: int,
     return page_table[request, position // page].long() * page + position % page
 
 
-def _append(pool: Tensor, page_table: Tensor, seq_len: Tensor, query_start: Tensor, first: Tensor, second: Tensor) -> None:
+def _append(
+    pool: Tensor, page_table: Tensor, seq_len: Tensor, query_start: Tensor, first: Tensor, second: Tensor
+) -> None:
     rows = torch.cat([x.transpose(1, 2).flatten(2) for x in (first, second)], -1).flatten(0, 1)  # [B S, width]
     try:
         at = slots(page_table, seq_len, query_start, rows.shape[0], pool.shape[1])
     except IndexError as error:
-        raise CapacityError(f"the cache holds {page_table.shape[1] * pool.shape[1]} tokens a request, and one brings more") \
-            from error
+        raise CapacityError(
+            f"the cache holds {page_table.shape[1] * pool.shape[1]} tokens a request, and one brings more"
+        ) from error
     pool.view(-1, pool.shape[-1])[at] = rows.to(pool.dtype)
 
 
-def _gather(pool: Tensor, page_table: Tensor, heads: int, first: int, second: int, ragged: bool) -> tuple[Tensor, Tensor]:
+def _gather(
+    pool: Tensor, page_table: Tensor, heads: int, first: int, second: int, ragged: bool
+) -> tuple[Tensor, Tensor]:
     rows = pool[page_table.long()]  # [R, P, page, width]
     batch = 1 if ragged else page_table.shape[0]
     split = rows.reshape(batch, -1, rows.shape[-1]).split([heads * first, heads * second], -1)
     return tuple(x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous() for x in split)
 
 
-def _gather_fake(pool: Tensor, page_table: Tensor, heads: int, first: int, second: int, ragged: bool,
-                 ) -> tuple[Tensor, Tensor]:
+def _gather_fake(
+    pool: Tensor,
+    page_table: Tensor,
+    heads: int,
+    first: int,
+    second: int,
+    ragged: bool,
+) -> tuple[Tensor, Tensor]:
     length = page_table.shape[1] * pool.shape[1]
     batch, length = (1, page_table.shape[0] * length) if ragged else (page_table.shape[0], length)
     return pool.new_empty(batch, heads, length, first), pool.new_empty(batch, heads, length, second)
@@ -89,12 +102,23 @@ def _mask_fake(page_table: Tensor, seq_len: Tensor, query_start: Tensor, positio
 
 
 for _signature, _impl, _fake in (
-    ("cache_append(Tensor(a!) pool, Tensor page_table, Tensor seq_len, Tensor query_start, Tensor first, Tensor second)"
-     " -> ()", _append, lambda *_: None),
-    ("cache_gather(Tensor pool, Tensor page_table, int heads, int first, int second, bool ragged) -> (Tensor, Tensor)",
-     _gather, _gather_fake),
-    ("ragged_mask(Tensor page_table, Tensor seq_len, Tensor query_start, Tensor positions, int page) -> Tensor",
-     _mask, _mask_fake),
+    (
+        "cache_append(Tensor(a!) pool, Tensor page_table, Tensor seq_len, Tensor query_start, Tensor first, "
+        "Tensor second) -> ()",
+        _append,
+        lambda *_: None,
+    ),
+    (
+        "cache_gather(Tensor pool, Tensor page_table, int heads, int first, int second, bool ragged) "
+        "-> (Tensor, Tensor)",
+        _gather,
+        _gather_fake,
+    ),
+    (
+        "ragged_mask(Tensor page_table, Tensor seq_len, Tensor query_start, Tensor positions, int page) -> Tensor",
+        _mask,
+        _mask_fake,
+    ),
 ):
     _name = _signature.split("(")[0]
     LIBRARY.define(_signature)
@@ -103,6 +127,7 @@ for _signature, _impl, _fake in (
 
 
 # ------------------------------------------------------------------------------------------------ the cache
+
 
 class _PagedLayer(CacheLayerMixin):
     """One layer's pool `[pages, page, width]`; pages, lengths and mode are the owner's."""
@@ -119,15 +144,16 @@ class _PagedLayer(CacheLayerMixin):
         """Nothing to do: the pool exists from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new rows and return all: `[B, heads, capacity, dim]` each, or `[1, heads, R * capacity, dim]` if ragged."""
+        """Store new rows, return all: `[B, heads, capacity, dim]`, or `[1, heads, R * capacity, dim]` if ragged."""
         owner, row = self.owner, self.owner.row
         start = owner.query_start
         if not owner.ragged:
             count = key_states.shape[2]
             start = torch.arange(0, (owner.requests + 1) * count, count, device=self.pool.device)
         torch.ops.ktrans.cache_append(self.pool, owner.page_table, owner.seq_len, start, key_states, value_states)
-        keys, values = torch.ops.ktrans.cache_gather(self.pool, owner.page_table, row.heads, row.first, row.second,
-                                                     owner.ragged)
+        keys, values = torch.ops.ktrans.cache_gather(
+            self.pool, owner.page_table, row.heads, row.first, row.second, owner.ragged
+        )
         if self.last and not owner.ragged:
             owner.seq_len.add_(key_states.shape[2])
         return keys, values
@@ -156,9 +182,16 @@ class PagedCache(Cache):
     Raises CapacityError when a request outgrows it.
     """
 
-    def __init__(self, config: PretrainedConfig, *, requests: int = 1, context: int = 4096,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str | Sequence[torch.device | str] = "cpu",
-                 ragged: bool = False) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        requests: int = 1,
+        context: int = 4096,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | Sequence[torch.device | str] = "cpu",
+        ragged: bool = False,
+    ) -> None:
         count = config.num_hidden_layers
         devices = [device] * count if isinstance(device, (str, torch.device)) else list(device)
         self.requests, self.ragged, self.row = requests, ragged, row_layout(config)
@@ -187,11 +220,13 @@ class PagedCache(Cache):
         """Announce that request r brings `counts[r]` tokens; the page table is cut to the pages in use."""
         for request, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
             if length + count > self.context:
-                raise CapacityError(f"request {request} has {length} tokens and brings {count}; the cache holds "
-                                    f"{self.context} a request. Load with a larger context, or start a new conversation")
+                raise CapacityError(
+                    f"request {request} has {length} tokens and brings {count}; the cache holds "
+                    f"{self.context} a request. Load with a larger context, or start a new conversation"
+                )
         self.counts = list(counts)
         longest = max(n + c for n, c in zip(self.lengths, counts, strict=True))
-        self.page_table = self.all_pages[:, :max(1, -(-longest // PAGE))]
+        self.page_table = self.all_pages[:, : max(1, -(-longest // PAGE))]
         starts = [0]
         for count in counts:
             starts.append(starts[-1] + count)

@@ -1,4 +1,5 @@
-"""Model and example inputs to an FX graph. All use of private torch and transformers names is here, one function each."""
+"""Model and example inputs to an FX graph. All use of private torch names is here, one function each."""
+
 import gc
 import re
 import types
@@ -26,7 +27,9 @@ def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
         return other
     activation = getattr(self.config, "hidden_act", None) or getattr(self.config, "hidden_activation", "silu")
     name = {"gelu_pytorch_tanh": "gelu_tanh"}.get(str(activation), str(activation))
-    out: Tensor = torch.ops.ktrans.moe(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, name)
+    out: Tensor = torch.ops.ktrans.moe(
+        hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, name
+    )
     return out
 
 
@@ -35,13 +38,15 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts)
 
 # ------------------------------------------------------------------------------------------------ names
 
-_STEP = re.compile(r"\._modules\['([^']*)'\]|\._parameters\['([^']*)'\]|\._buffers\['([^']*)'\]|\.(\w+)|\['([^']*)'\]|\[(\d+)\]")
+_STEP = re.compile(
+    r"\._modules\['([^']*)'\]|\._parameters\['([^']*)'\]|\._buffers\['([^']*)'\]|\.(\w+)|\['([^']*)'\]|\[(\d+)\]"
+)
 
 
 def module_path(name: str) -> str:
     """`L['self']._modules['model'].layers[0]` as `model.layers.0`: how sources and module stacks agree."""
     root = re.match(r"[LG]\['[^']*'\]", name)
-    rest = name[root.end():] if root else name
+    rest = name[root.end() :] if root else name
     return ".".join(next(g for g in m.groups() if g is not None) for m in _STEP.finditer(rest))
 
 
@@ -63,7 +68,9 @@ def annotate(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         node.meta["val"] = node.meta.get("example_value", node.meta.get("val"))
         frames = (node.meta.get("nn_module_stack") or {}).values()
-        node.meta["stack"] = tuple((module_path(p), getattr(c, "__name__", str(c).rsplit(".", 1)[-1])) for p, c in frames)
+        node.meta["stack"] = tuple(
+            (module_path(p), getattr(c, "__name__", str(c).rsplit(".", 1)[-1])) for p, c in frames
+        )
         if node.op != "placeholder":
             continue
         source = _source(node)
@@ -97,7 +104,10 @@ def _mark_state(gm: fx.GraphModule) -> None:
 
 # ------------------------------------------------------------------------------------------------ capture
 
-def capture(function: Callable[..., Any], args: Sequence[Any], dynamic: Sequence[tuple[Tensor, int]] = ()) -> fx.GraphModule:
+
+def capture(
+    function: Callable[..., Any], args: Sequence[Any], dynamic: Sequence[tuple[Tensor, int]] = ()
+) -> fx.GraphModule:
     """The one annotated graph of `function(*args)`; `dynamic` axes stay symbolic. Nothing is computed.
 
     Raises KtransError with dynamo's reason where the code cannot be captured whole.
@@ -112,7 +122,9 @@ def capture(function: Callable[..., Any], args: Sequence[Any], dynamic: Sequence
     for tensor, axis in dynamic:
         torch._dynamo.mark_dynamic(tensor, axis)
     code = function.__code__.replace(co_name=f"{function.__name__}_captured")  # a cache of its own in dynamo
-    fresh = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    fresh = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
     gc.disable()  # tracing makes millions of objects that live on: a fifth of the time went into looking at them
     try:
         with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
@@ -147,7 +159,7 @@ def version(tensor: Tensor) -> tuple[int, int, bytes]:
     count = 0 if tensor.is_inference() else int(tensor._version)
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return count, tensor.data_ptr(), b""
-    sample = tensor.detach().view(-1)[::max(1, tensor.numel() // 64)]
+    sample = tensor.detach().view(-1)[:: max(1, tensor.numel() // 64)]
     return count, tensor.data_ptr(), sample.contiguous().view(torch.uint8).numpy().tobytes()
 
 
@@ -162,7 +174,8 @@ def graph_number() -> int:
     return 1 + (current.frame_compile_id or 0) if current else 1
 
 
-# ------------------------------------------------------------------------------------------------ models without weights
+# ------------------------------------------------------------------------------------- models without weights
+
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The Hugging Face model of a configuration whose weights are placeholders.
@@ -172,11 +185,13 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa",
-                                                     experts_implementation=EXPERTS)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", experts_implementation=EXPERTS
+            )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFileError(f"transformers has no causal language model for {config.model_type!r} of this shape: {error}") \
-            from error
+        raise ModelFileError(
+            f"transformers builds no causal language model of type {config.model_type!r} for capture: {error}"
+        ) from error
     for module in model.modules():
         if "RotaryEmbedding" in type(module).__name__:
             real = type(module)(config=config)
@@ -218,10 +233,18 @@ def annotate_weights(gm: fx.GraphModule, source: WeightSource | None, known: Seq
             continue
         spec = source.spec(key)
         if tuple(spec.shape) != tuple(value.shape):
-            raise ModelFileError(f"{key} is {list(spec.shape)} in the model file; the configuration says {list(value.shape)}")
+            raise ModelFileError(
+                f"{key} is {list(spec.shape)} in the model file; the configuration says {list(value.shape)}"
+            )
         node.meta.update(nbytes=spec.nbytes, encoding=spec.encoding, source=source)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    return {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
-            torch.bool: "bool"}.get(dtype, str(dtype).removeprefix("torch."))
+    return {
+        torch.float32: "f32",
+        torch.float16: "f16",
+        torch.bfloat16: "bf16",
+        torch.int64: "i64",
+        torch.int32: "i32",
+        torch.bool: "bool",
+    }.get(dtype, str(dtype).removeprefix("torch."))

@@ -1,4 +1,5 @@
 """The `ktrans` command. Heavy imports are inside the commands, so that `--help` is quick."""
+
 import json
 import os
 import signal
@@ -21,13 +22,21 @@ if TYPE_CHECKING:
     from ktcompile.plan import Plan
     from ktcompile.target import Target
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Run giant mixture-of-experts models on one machine, compiled by small graph passes.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Run giant mixture-of-experts models on one machine, compiled by small graph passes.",
+)
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False, soft_wrap=True)
 
-Model = Annotated[str | None, typer.Argument(
-    help="A GGUF file, or a folder with config.json, tokenizer and safetensors. Default: the embedded tiny DeepSeek-V3.")]
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="A GGUF file, or a folder with config.json, tokenizer and safetensors. Default: the embedded model."
+    ),
+]
 Gguf = Annotated[str | None, typer.Option(help="Take the weights from this GGUF file, the rest from the folder MODEL.")]
 Rules = Annotated[str | None, typer.Option(help="Rules file, or a shipped one by name. Default: by model family.")]
 Experts = Annotated[int | None, typer.Option(help="Keep this many of the router's experts a token. Lossy.")]
@@ -40,7 +49,12 @@ Threads = Annotated[int | None, typer.Option("--cpu-threads", help="CPU threads.
 @contextmanager
 def _packing() -> Iterator[Any]:
     """A progress bar on stderr for weights being read and packed; quiet where stderr is no terminal."""
-    columns = (TextColumn("packing {task.fields[region]}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    columns = (
+        TextColumn("packing {task.fields[region]}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=None, region="")
         yield lambda region, done, total: bar.update(task, completed=done, total=total, region=region)
@@ -48,6 +62,7 @@ def _packing() -> Iterator[Any]:
 
 def _machine(gpu: str | None, ram: str | None, threads: int | None = None) -> "Target":
     from ktcompile.target import detect, fake
+
     if gpu is None and ram is None:
         return detect(threads)
     no_gpu = gpu is not None and gpu.lower() in ("0", "none")
@@ -56,16 +71,20 @@ def _machine(gpu: str | None, ram: str | None, threads: int | None = None) -> "T
 
 def _open(model: str | None, gguf: str | None) -> "Checkpoint":
     from ktcompile.checkpoint import open_checkpoint
+
     return open_checkpoint(model, gguf)
 
 
 # ------------------------------------------------------------------------------------------------ chat
 
+
 @app.command()
 def chat(
     model: Model = None,
     gguf: Gguf = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end: only the answer goes to stdout.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this and end: only the answer goes to stdout.")
+    ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="The same, with the prompt from a file; - is stdin.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens an answer.")] = 1024,
@@ -87,16 +106,30 @@ def chat(
     import torch
 
     from ktcompile.generate import Sampling, Session, stop_tokens
-    from ktcompile.load import load, torch_threads
+    from ktcompile.model import load, torch_threads
+
     start = time.perf_counter()
     target = _machine(None, None, cpu_threads)
     checkpoint = _open(model, gguf)
     defaults = checkpoint.generation
-    sampling = Sampling(_first(temperature, getattr(defaults, "temperature", None), 0.6),
-                        _first(top_p, getattr(defaults, "top_p", None), 0.95), top_k, min_p, seed)
+    sampling = Sampling(
+        _first(temperature, getattr(defaults, "temperature", None), 0.6),
+        _first(top_p, getattr(defaults, "top_p", None), 0.95),
+        top_k,
+        min_p,
+        seed,
+    )
     with _packing() as progress:
-        compiled: Any = load(checkpoint, rules=rules, experts=experts, ranking=ranking, dtype=dtype, context=context,
-                        target=target, progress=progress)
+        compiled: Any = load(
+            checkpoint,
+            rules=rules,
+            experts=experts,
+            ranking=ranking,
+            dtype=dtype,
+            context=context,
+            target=target,
+            progress=progress,
+        )
     torch.set_num_threads(torch_threads(compiled.plans["decode"], target))
     session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
     err.print(f"[dim]{checkpoint.name}, loaded in {time.perf_counter() - start:.1f} s{_lossy(experts)}[/dim]")
@@ -117,6 +150,7 @@ def _lossy(experts: int | None) -> str:
 
 def _one_prompt(prompt: str | None, file: Path | None) -> str | None:
     from ktcompile.errors import RulesError
+
     if prompt is not None and file is not None:
         raise RulesError("--prompt and --prompt-file: give one of them")
     if file is None:
@@ -179,6 +213,7 @@ def _reader() -> Any:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
+
     keys = KeyBindings()
     keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
@@ -200,15 +235,22 @@ def _line(text: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ explain
 
+
 @app.command()
 def explain(
     model: Model = None,
     gguf: Gguf = None,
     phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a step. Default: 1 in decode, 512 in prefill.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="Plan for a GPU of this memory (24G), or none, instead of this machine.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a step. Default: 1 in decode, 512 in prefill.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for a GPU of this memory (24G), or none, instead of this machine.")
+    ] = None,
     ram: Annotated[str | None, typer.Option(help="Plan for this much RAM (512G) instead of this machine.")] = None,
-    encoding: Annotated[str | None, typer.Option(help="Plan as if the weights were stored so: bf16, fp8, q8_0, q4_k_m, ...")] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Plan as if the weights were stored so: bf16, fp8, q8_0, q4_k_m, ...")
+    ] = None,
     after: Annotated[str | None, typer.Option(help="Show the page after this pass instead of the last.")] = None,
     diff: Annotated[bool, typer.Option("--diff", help="Show what each pass changed.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write one HTML page with every pass.")] = None,
@@ -222,14 +264,22 @@ def explain(
 ) -> None:
     """Show on one page what will run where and why, before a weight is read."""
     from ktcompile.errors import RulesError
-    from ktcompile.load import PHASES, settings_for
-    from ktcompile.load import explain as make_plans
+    from ktcompile.model import PHASES, settings_for
+    from ktcompile.model import explain as make_plans
     from ktcompile.plan import html_page
+
     if phase not in PHASES:
         raise RulesError(f"--phase {phase}: there are {' and '.join(PHASES)}")
     checkpoint = _open(model, gguf)
-    settings = settings_for(checkpoint, rules=rules, experts=experts, ranking=ranking, target=_machine(gpu, ram),
-                            dtype=dtype, context=context)
+    settings = settings_for(
+        checkpoint,
+        rules=rules,
+        experts=experts,
+        ranking=ranking,
+        target=_machine(gpu, ram),
+        dtype=dtype,
+        context=context,
+    )
     if after is not None:
         settings.pipeline.until(after)  # an unknown pass is told before the work
     with err.status(f"capturing {checkpoint.name}"):
@@ -250,6 +300,7 @@ def explain(
 
 def _write(path: Path, text: str) -> None:
     from ktcompile.errors import RulesError
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -268,12 +319,14 @@ def _print_diff(plans: Sequence["Plan"]) -> None:
 
 # ------------------------------------------------------------------------------------------------ what there is
 
+
 @app.command()
 def passes() -> None:
     """List the passes that a rules file may name, with their options."""
     from dataclasses import fields
 
     from ktcompile.pipeline import _default, available
+
     table = Table(box=None, pad_edge=False)
     for column in ("pass", "requires", "establishes", "options", "what it does"):
         table.add_column(column, overflow="fold")
@@ -288,6 +341,7 @@ def passes() -> None:
 def kernels() -> None:
     """List the kernels, and why one cannot run on this machine."""
     from ktcompile.kernel import available
+
     table = Table(box=None, pad_edge=False)
     for column in ("kernel", "op", "device", "layout", "here", "what it does"):
         table.add_column(column, overflow="fold")
@@ -308,18 +362,32 @@ def doctor() -> None:
     from ktcompile.kernel import available
     from ktcompile.target import cpu_features, memory
     from ktcompile.verify import gib
+
     rows = [("python", platform.python_version())]
     wanted = ("ktcompile", "torch", "transformers", "triton", "safetensors", "tokenizers", "cffi")
     for name in wanted:
         try:
             rows.append((name, metadata.version(name)))
         except metadata.PackageNotFoundError:
-            rows.append((name, f"not installed; {'needed for a GPU only: ' if name == 'triton' else ''}pip install {name}"))
+            rows.append(
+                (name, f"not installed; {'needed for a GPU only: ' if name == 'triton' else ''}pip install {name}")
+            )
     features = cpu_features()
-    isas = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8") if f in features]
-    rows.append(("cpu", f"{len(os.sched_getaffinity(0))} threads, {gib(memory())}, {' '.join(isas) or 'no vector extensions known here'}"))
-    gpus = [f"{torch.cuda.get_device_name(i)}, {gib(torch.cuda.get_device_properties(i).total_memory)}"
-            for i in range(torch.cuda.device_count())]
+    isas = [
+        f
+        for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
+        if f in features
+    ]
+    rows.append(
+        (
+            "cpu",
+            f"{len(os.sched_getaffinity(0))} threads, {gib(memory())}, {' '.join(isas) or 'no vector extensions'}",
+        )
+    )
+    gpus = [
+        f"{torch.cuda.get_device_name(i)}, {gib(torch.cuda.get_device_properties(i).total_memory)}"
+        for i in range(torch.cuda.device_count())
+    ]
     rows.append(("gpu", "; ".join(gpus) or "none that torch can use: everything runs on the CPU"))
     width = max(len(k) for k, _ in rows)
     for key, value in rows:
@@ -335,6 +403,7 @@ def doctor() -> None:
 def version() -> None:
     """Print the version."""
     from ktcompile.version import __version__
+
     out.print(__version__)
 
 
@@ -345,6 +414,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads sleep instead of spinning against ours
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     from ktcompile.errors import KtransError
+
     try:
         app()
     except KtransError as error:

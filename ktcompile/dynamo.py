@@ -1,4 +1,5 @@
 """The backend of `torch.compile(model, backend="ktrans")`, found by name through an entry point."""
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from torch import fx
 from ktcompile.capture import annotate, annotate_weights, graph_limit, graph_number
 from ktcompile.errors import KtransError, RulesError
 from ktcompile.kernel import available
-from ktcompile.load import pipeline_for, run_pipeline, settings_of
+from ktcompile.model import pipeline_for, run_pipeline, settings_of
 from ktcompile.pipeline import near
 from ktcompile.plan import Plan
 from ktcompile.runtime import BorrowedStore, lower_borrowed
@@ -41,15 +42,23 @@ def reset() -> None:
     _COMPILED.clear()
 
 
-def ktrans(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
-           options: Mapping[str, Any] | None = None, **_: Any) -> Callable[..., Any]:
+def ktrans(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
     """Compile one dynamo graph: fold, place, copy, choose kernels, and run with the model's own parameters.
 
     Raises RulesError for options that do not fit, KtransError before dynamo would fall back to eager in silence.
     """
     given = dict(options or {})
     if unknown := [k for k in given if k not in OPTIONS]:
-        raise RulesError(f"torch.compile(backend='ktrans', options=...): no option {unknown[0]!r}; {near(unknown[0], OPTIONS)}")
+        raise RulesError(
+            f"torch.compile(backend='ktrans', options=...): no option {unknown[0]!r}; {near(unknown[0], OPTIONS)}"
+        )
     compiled = _shared(given)
     annotate(gm)
     annotate_weights(gm, None)
@@ -58,13 +67,15 @@ def ktrans(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | Non
     if not any(cls.endswith("Experts") for n in gm.graph.nodes for _, cls in n.meta["stack"]):
         raise KtransError(
             "this graph has no routed experts. The `eager` experts implementation breaks the graph at every layer: use "
-            "model.set_experts_implementation('grouped_mm') (the default). A model without experts needs no ktrans")
+            "model.set_experts_implementation('grouped_mm') (the default). A model without experts needs no ktrans"
+        )
     _check_limit()
     pipeline = pipeline_for(None, given.get("rules"), given.get("experts"), given.get("ranking"))
     settings = settings_of(compiled.target, pipeline)
     tokens = _tokens(gm)
-    folded, (plan,) = run_pipeline(gm, settings, str(given.get("name", _model_name(gm))),
-                                   "decode" if tokens == 1 else "prefill", tokens)
+    folded, (plan,) = run_pipeline(
+        gm, settings, str(given.get("name", _model_name(gm))), "decode" if tokens == 1 else "prefill", tokens
+    )
     compiled.plans.append(plan)
     return lower_borrowed(folded, plan, compiled.store).flat
 
@@ -84,19 +95,22 @@ def _check_limit() -> None:
     """Raise where the next recompilation would exceed dynamo's limit, after which it runs the model eagerly."""
     if graph_number() >= graph_limit():
         raise KtransError(
-            f"this is graph {graph_number()} of one function, which all Hugging Face models of a process share; torch's "
+            f"this is graph {graph_number()} of one function that all Hugging Face models of a process share; torch's "
             f"limit is {graph_limit()}, and past it dynamo runs the model eagerly without a word. Shapes that change "
-            "cause it: pass a StaticCache of one size, or use ktcompile.load, which needs two graphs for all shapes. Many "
-            "models in one process: raise torch._dynamo.config.recompile_limit")
+            "cause it: pass a StaticCache of one size, or use ktcompile.load, which needs two graphs for all shapes. "
+            "Many models in one process: raise torch._dynamo.config.recompile_limit"
+        )
 
 
 def _tokens(gm: fx.GraphModule) -> int:
-    """Tokens a step: the second axis of the token ids, 512 where it is symbolic."""
+    """Tokens a step: the size of the token ids `[B, S]`, 512 where it is symbolic."""
     for node in gm.graph.nodes:
         value = node.meta["val"]
-        if node.op == "placeholder" and "input" in node.meta and isinstance(value, torch.Tensor) and value.dim() == 2 \
-                and value.dtype in (torch.int64, torch.int32):
-            return int(value.shape[1]) if isinstance(value.shape[1], int) else 512
+        if node.op != "placeholder" or "input" not in node.meta or not isinstance(value, torch.Tensor):
+            continue
+        if value.dim() == 2 and value.dtype in (torch.int64, torch.int32):
+            sizes = [s for s in value.shape if isinstance(s, int)]
+            return sizes[0] * sizes[1] if len(sizes) == 2 else 512
     return 512
 
 

@@ -1,4 +1,5 @@
 """Text from a loaded model, token by token: prefill in chunks, sampling, incremental decoding, timing."""
+
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,10 +97,14 @@ class Session:
         """
         self.statistics = Statistics(prompt=len(prompt))
         if len(prompt) >= self.cache.context:
-            raise CapacityError(f"the prompt has {len(prompt)} tokens; the context holds {self.cache.context} with the "
-                                "answer. Start with a larger --context, or a new conversation")
-        same = next((i for i, (a, b) in enumerate(zip(self.seen, prompt, strict=False)) if a != b),
-                    min(len(self.seen), len(prompt)))
+            raise CapacityError(
+                f"the prompt has {len(prompt)} tokens; the context holds {self.cache.context} with the "
+                "answer. Start with a larger --context, or a new conversation"
+            )
+        same = next(
+            (i for i, (a, b) in enumerate(zip(self.seen, prompt, strict=False)) if a != b),
+            min(len(self.seen), len(prompt)),
+        )
         same = min(same, len(prompt) - 1)  # the last token's logits are wanted
         self.cache.crop(same)
         self.seen = list(prompt[:same])
@@ -107,7 +112,7 @@ class Session:
         start = time.perf_counter()
         logits = torch.empty(0)
         for at in range(same, len(prompt), CHUNK):
-            logits = self._step(prompt[at:at + CHUNK])
+            logits = self._step(prompt[at : at + CHUNK])
         token = self._choose(logits)
         self.statistics.prefill_s = time.perf_counter() - start
         start = time.perf_counter()
@@ -127,7 +132,9 @@ class Session:
     def _step(self, ids: Sequence[int]) -> Tensor:
         first = len(self.seen)
         positions = torch.arange(first, first + len(ids))
-        logits: Tensor = self.model.step(torch.tensor(ids), positions, [len(ids)], torch.tensor([len(ids) - 1]), self.cache)
+        logits: Tensor = self.model.step(
+            torch.tensor(ids), positions, [len(ids)], torch.tensor([len(ids) - 1]), self.cache
+        )
         self.seen += ids
         return logits[0].float()
 

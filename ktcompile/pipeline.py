@@ -79,9 +79,13 @@ class Pipeline:
         if twice := {n for n in names if names.count(n) > 1}:
             raise RulesError(f"pass {sorted(twice)[0]!r} is listed twice")
 
-    def where(self, name: str, key: str = "") -> str:
-        """`file:line` of an option (`rules.*.mlp.experts`) or of the pass, or its name where nobody wrote it."""
-        return self.places.get((name, key)) or self.places.get((name, "")) or name
+    def where(self, name: str, key: str = "") -> str | None:
+        """`file:line` of an option (`rules.*.mlp.experts`) or of the pass; None where nobody wrote it."""
+        return self.places.get((name, key)) or self.places.get((name, ""))
+
+    def _refused(self, p: Pass, key: str, why: str) -> RulesError:
+        where = self.where(p.name, key)
+        return RulesError(f"{f'{where}: ' if where else ''}{p.name}{why}")
 
     def get(self, name: str) -> Pass | None:
         return next((p for p in self.passes if p.name == name), None)
@@ -105,15 +109,13 @@ class Pipeline:
         holds: list[str] = []
         for p in self.passes:
             if missing := [r for r in p.requires if r not in holds]:
-                raise RulesError(
-                    f"{self.where(p.name)}: {p.name} requires {', '.join(missing)}, which no earlier pass establishes"
-                )
+                raise self._refused(p, "", f" requires {', '.join(missing)}, which no earlier pass establishes")
             ctx.running, told, before = p.name, len(ctx.notes), _signature(gm)
             try:
                 gm = p.run(gm, ctx)
             except RulesError as error:
                 key = error.key if isinstance(error, OptionError) else ""
-                raise RulesError(f"{self.where(p.name, key)}: {error}") from error
+                raise self._refused(p, key, f": {error}") from error
             gm.graph.lint()
             gm.recompile()
             if "folded" in (*holds, *p.establishes):
@@ -200,7 +202,7 @@ def _read(rules: str | Path, asked: str | None) -> tuple[str, str]:
     try:
         return path.read_text(), str(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise RulesError(f"{prefix}cannot read rules {str(path)!r}: {error}") from error
+        raise RulesError(f"{prefix}cannot read rules {str(rules)!r}: {error}") from error
 
 
 def parse_rules(text: str, file: str, depth: int = 0) -> Pipeline:

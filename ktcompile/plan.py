@@ -1,4 +1,5 @@
 """Plan: the graph as a table that a person reads. Text, JSON, HTML and the difference of two."""
+
 import difflib
 import html
 import re
@@ -20,8 +21,14 @@ from ktcompile.verify import gib, used
 JSON_VERSION = 1
 """Version of `Plan.json()`; fields may be added to one, never renamed or removed."""
 
-_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64", torch.int32: "i32",
-           torch.bool: "b8"}
+_DTYPES = {
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "b8",
+}
 
 
 @dataclass(frozen=True)
@@ -69,27 +76,30 @@ class Plan:
     def us(self) -> float | None:
         """Predicted microseconds of one step, everything one after the other."""
         known = [r.us for r in self.rows if r.us is not None]
-        return sum(known) if known else None
+        return sum(known) if len(known) == len(self.rows) else None  # None before kernels are chosen
 
     def text(self) -> str:
         """The page."""
         return "\n".join([*self._head(), "", *_table(self.rows), *self._foot()]) + "\n"
 
     def _head(self) -> Iterator[str]:
-        plural = "token" if self.tokens == 1 else "tokens"
+        tokens = "token" if self.tokens == 1 else "tokens"
         context = f", {self.context} of context" if self.context else ""
-        yield f"# {self.model}, {self.phase}: {self.tokens} {plural} a step{context}"
+        yield f"# {self.model}, {self.phase}: {self.tokens} {tokens} a step{context}"
         if self.after:
             yield f"# after {self.after}"
         width = max((len(u.device) for u in self.uses), default=0)
         for u in self.uses:
-            parts = f"weights {gib(u.weights)} in {u.regions} regions" + (f", cache {gib(u.cache)}" if u.cache else "")
+            plural = "s" * (u.regions != 1)
+            cache = f", cache {gib(u.cache)}" if u.cache else ""
+            parts = f"weights {gib(u.weights)} in {u.regions} region{plural}{cache}"
             yield f"# {u.device:<{max(width, 6)}}  {gib(u.weights + u.cache)} of {gib(u.capacity)}: {parts}"
         count = sum(r.op == "copy" for r in self.rows)
         if count:
             yield f"# copies  {gib(self.copied_bytes)} a step in {count} copies"
         if self.us is not None:
-            yield f"# predicted {_time(self.us)} a step ({self.tokens / self.us * 1e6:.1f} tokens/s) from memory bandwidth"
+            rate = self.tokens / self.us * 1e6
+            yield f"# predicted {_time(self.us)} a step ({rate:.1f} tokens/s) from memory bandwidth"
 
     def _foot(self) -> Iterator[str]:
         if self.notes:
@@ -107,21 +117,44 @@ class Plan:
         return "\n".join(_changes(earlier.rows, self.rows)) or "nothing changed"
 
 
-def make_plan(gm: fx.GraphModule, target: Target, *, model: str, phase: str, tokens: int, context: int, after: str = "",
-              notes: Iterable[tuple[str, str, str]] = (), kernels: Mapping[str, Kernel] | None = None) -> Plan:
+def make_plan(
+    gm: fx.GraphModule,
+    target: Target,
+    *,
+    model: str,
+    phase: str,
+    tokens: int,
+    context: int,
+    after: str = "",
+    notes: Iterable[tuple[str, str, str]] = (),
+    kernels: Mapping[str, Kernel] | None = None,
+) -> Plan:
     """The plan of a folded graph. Sizes are those of a step of `tokens` tokens after `context` tokens."""
     sizes = symbol_sizes(gm, tokens, context)
     names = _names(gm)
-    rows = tuple(_row(n, names, sizes, target, kernels or {}, tokens, context) for n in gm.graph.nodes
-                 if is_region(n) or is_copy(n))
+    rows = tuple(
+        _row(n, names, sizes, target, kernels or {}, tokens, context)
+        for n in gm.graph.nodes
+        if is_region(n) or is_copy(n)
+    )
     placed = used(gm) if all(r.device for r in regions(gm)) else {}
-    uses = tuple(Use(d.name, placed[d.name]["weights"], placed[d.name]["cache"], d.capacity,
-                     sum(r.home == d.name for r in regions(gm))) for d in target.devices if d.name in placed)
+    uses = tuple(
+        Use(
+            d.name,
+            placed[d.name]["weights"],
+            placed[d.name]["cache"],
+            d.capacity,
+            sum(r.home == d.name for r in regions(gm)),
+        )
+        for d in target.devices
+        if d.name in placed
+    )
     moved = sum(_nbytes(value_of(c), sizes) for c in copies(gm))
     return Plan(model, phase, tokens, context, after, rows, uses, moved, tuple(group_notes(notes)))
 
 
 # ------------------------------------------------------------------------------------------------ rows
+
 
 def _names(gm: fx.GraphModule) -> dict[fx.Node, str]:
     names: dict[fx.Node, str] = {}
@@ -148,19 +181,41 @@ def _input_name(name: str) -> str:
 _BOOKKEEPING = {"cache.page_table", "cache.seq_len", "cache.query_start"}
 
 
-def _row(node: fx.Node, names: Mapping[fx.Node, str], sizes: Mapping[str, int], target: Target,
-         kernels: Mapping[str, Kernel], tokens: int, context: int) -> Row:
+def _row(
+    node: fx.Node,
+    names: Mapping[fx.Node, str],
+    sizes: Mapping[str, int],
+    target: Target,
+    kernels: Mapping[str, Kernel],
+    tokens: int,
+    context: int,
+) -> Row:
     kind = _type(value_of(node), sizes)
     if is_copy(node):
         copied, to = argument(node, 0), str(node.args[1])
         source = device_of(copied) or ""
         link = target.link(source, to)
         nbytes = _nbytes(value_of(node), sizes)
-        return Row(names[node], str(names[node]), f"-> {to}", "copy", (names[copied],), kind, "", nbytes, "",
-                   (nbytes / link.bandwidth + link.latency) * 1e6)
+        return Row(
+            names[node],
+            str(names[node]),
+            f"-> {to}",
+            "copy",
+            (names[copied],),
+            kind,
+            "",
+            nbytes,
+            "",
+            (nbytes / link.bandwidth + link.latency) * 1e6,
+        )
     region = Region(node)
-    reads = tuple(dict.fromkeys(re.sub(r"#\d+", "", names[i]) for i in region.inputs
-                                if not is_scalar(i) and names[i].split("@")[0] not in _BOOKKEEPING))
+    reads = tuple(
+        dict.fromkeys(
+            re.sub(r"#\d+", "", names[i])
+            for i in region.inputs
+            if not is_scalar(i) and names[i].split("@")[0] not in _BOOKKEEPING
+        )
+    )
     codes = dict.fromkeys(str(w.meta.get("encoding", "")) for w in region.weights.values())
     main = [c for c in codes if c not in ("", "f32")] or list(codes)
     kernel = kernels.get(region.kernel or "")
@@ -169,10 +224,22 @@ def _row(node: fx.Node, names: Mapping[fx.Node, str], sizes: Mapping[str, int], 
         device = target[region.device]
         cost = kernel.cost(region, target)
         at = {TOKENS: tokens, CONTEXT: context}
-        us = 1e6 * max(float(sympy.sympify(cost.nbytes).subs(at)) / device.bandwidth,
-                       float(sympy.sympify(cost.flops).subs(at)) / device.flops)
-    return Row(region.name, region.path, region.device or "-", region.op, reads, kind, "+".join(main), region.nbytes,
-               region.kernel or "", us)
+        us = 1e6 * max(
+            float(sympy.sympify(cost.nbytes).subs(at)) / device.bandwidth,
+            float(sympy.sympify(cost.flops).subs(at)) / device.flops,
+        )
+    return Row(
+        region.name,
+        region.path,
+        region.device or "-",
+        region.op,
+        reads,
+        kind,
+        "+".join(main),
+        region.nbytes,
+        region.kernel or "",
+        us,
+    )
 
 
 def _type(value: Any, sizes: Mapping[str, int]) -> str:
@@ -203,8 +270,17 @@ def _time(us: float) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     us = "" if row.us is None else f"{row.us:.0f}" if row.us >= 10 else f"{row.us:.1f}"
-    return (row.name, row.device, row.op, " ".join(row.reads), row.type, row.encoding, gib(row.nbytes) if row.nbytes else "",
-            row.kernel, us)
+    return (
+        row.name,
+        row.device,
+        row.op,
+        " ".join(row.reads),
+        row.type,
+        row.encoding,
+        gib(row.nbytes) if row.nbytes else "",
+        row.kernel,
+        us,
+    )
 
 
 def _layer(name: str) -> int | None:
@@ -240,14 +316,20 @@ def _table(rows: Sequence[Row]) -> list[str]:
                 shown[key] = layer
             lines.append("")
             lines.extend(_cells(r) for r in block)
-        if alike and all(later is None for later, _ in blocks[i + 1:]):
+        if alike and all(later is None for later, _ in blocks[i + 1 :]):
             lines.append("")
             lines.extend(f"{spans(layers)} as L{like}" for like, layers in alike.items())
             alike = {}
     grid = [c for c in lines if isinstance(c, tuple)]
     width = [max(len(r[i]) for r in grid) for i in range(len(_HEADER))]
-    return ["  ".join(c.rjust(w) if i in _RIGHT else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))).rstrip()
-            if isinstance(line, tuple) else line for line in lines]
+    return [
+        "  ".join(
+            c.rjust(w) if i in _RIGHT else c.ljust(w) for i, (c, w) in enumerate(zip(line, width, strict=True))
+        ).rstrip()
+        if isinstance(line, tuple)
+        else line
+        for line in lines
+    ]
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -307,7 +389,8 @@ _CSS = """
 body{font:13px/1.45 ui-monospace,Menlo,Consolas,monospace;margin:2em;color:#222;background:#fff}
 h1{font-size:17px}h2{font-size:13px;grid-column:1/3;margin:.8em 0 .1em;border-top:1px solid #ddd;padding-top:.4em}
 input{position:absolute;opacity:0}section{display:none}
-label{display:inline-block;padding:.2em .8em;border:1px solid #bbb;border-radius:3px;margin:0 .4em .4em 0;cursor:pointer}
+label{display:inline-block;padding:.2em .8em;border:1px solid #bbb;border-radius:3px;margin:0 .4em .4em 0}
+label{cursor:pointer}
 input:focus-visible+label{outline:2px solid #06c}
 .g{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:2px 2em;max-width:1200px;margin-top:1em}
 .g>div{padding:2px 8px;border-radius:3px;overflow-wrap:anywhere}.lane0{grid-column:1;background:#e8f1ff}
@@ -320,16 +403,24 @@ h2{border-color:#444}small,p.key{color:#aaa}label{border-color:#666}}
 
 
 def html_page(plans: Sequence[Plan]) -> str:
-    """One self-contained page: a button a pass, GPU lane left, CPU lane right, what the pass changed outlined. No script."""
+    """One self-contained page, no script: a button a pass, GPU lane left, CPU lane right, changes outlined."""
     title = html.escape(f"{plans[-1].model}, {plans[-1].phase}")
-    rules = "".join(f"#p{i}:checked~#s{i}{{display:block}}#p{i}:checked~nav label[for=p{i}]{{background:#222;color:#fff}}"
-                    for i in range(len(plans)))
-    out = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-           f"<title>{title} - ktcompile</title><style>{_CSS}{rules}</style><h1>{title}</h1>"]
+    rules = "".join(
+        f"#p{i}:checked~#s{i}{{display:block}}#p{i}:checked~nav label[for=p{i}]{{background:#222;color:#fff}}"
+        for i in range(len(plans))
+    )
+    out = [
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
+        f"<title>{title} - ktcompile</title><style>{_CSS}{rules}</style><h1>{title}</h1>",
+    ]
     for i in range(len(plans)):
         checked = " checked" if i == len(plans) - 1 else ""
         out.append(f"<input type=radio name=p id=p{i}{checked}>")
-    out.append("<nav>" + "".join(f"<label for=p{i}>{html.escape(p.after or 'result')}</label>" for i, p in enumerate(plans)) + "</nav>")
+    out.append(
+        "<nav>"
+        + "".join(f"<label for=p{i}>{html.escape(p.after or 'result')}</label>" for i, p in enumerate(plans))
+        + "</nav>"
+    )
     out.append("<p class=key>Left: GPU. Right: CPU. Red: copies. Outlined: changed by this pass.</p>")
     for i, plan in enumerate(plans):
         head = html.escape("\n".join(line.removeprefix("# ") for line in (*plan._head(), *plan._foot()) if line))
@@ -349,9 +440,18 @@ def _lanes(rows: Sequence[Row], earlier: set[tuple[str, ...]] | None) -> Iterato
         new = " new" if earlier is not None and _cells(row)[:8] not in earlier else ""
         tip = html.escape("reads " + ", ".join(row.reads), quote=True)
         if row.op == "copy":
-            yield f'<div class="copy{new}" title="{tip}">{html.escape(f"{row.reads[0]} {row.device}")} {gib(row.nbytes)}</div>'
+            text = html.escape(f"{row.reads[0]} {row.device}")
+            yield f'<div class="copy{new}" title="{tip}">{text} {gib(row.nbytes)}</div>'
             continue
         lane = 1 if row.device.startswith("cpu") else 0
-        facts = [row.type, row.encoding, gib(row.nbytes) if row.nbytes else "", row.kernel, "" if row.us is None else _time(row.us)]
-        yield (f'<div class="lane{lane}{new}" title="{tip}">{html.escape(row.name)} <b>{html.escape(row.op)}</b> '
-               f"<small>{html.escape(' · '.join(filter(None, facts)))}</small></div>")
+        facts = [
+            row.type,
+            row.encoding,
+            gib(row.nbytes) if row.nbytes else "",
+            row.kernel,
+            "" if row.us is None else _time(row.us),
+        ]
+        yield (
+            f'<div class="lane{lane}{new}" title="{tip}">{html.escape(row.name)} <b>{html.escape(row.op)}</b> '
+            f"<small>{html.escape(' · '.join(filter(None, facts)))}</small></div>"
+        )

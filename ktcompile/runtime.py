@@ -1,4 +1,5 @@
 """Executable: a placed graph with its weights packed, ready to call."""
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ class Store:
 
 
 class BorrowedStore:
-    """Packed copies of parameters that somebody else owns, gone when the parameter is; repacked after in-place writes."""
+    """Packed copies of parameters that somebody else owns: gone when the parameter is, made anew after writes."""
 
     def __init__(self, target: Target, kernels: Mapping[str, Kernel]) -> None:
         self.target, self.kernels = target, kernels
@@ -62,7 +63,9 @@ class BorrowedStore:
             return packed
         leaves = tuple(region.weights)
         source = ModuleSource(dict(zip(leaves, weights, strict=True)))
-        made = self.kernels[str(region.kernel)].pack(Parts(source, {leaf: leaf for leaf in leaves}), region, self.target)
+        made = self.kernels[str(region.kernel)].pack(
+            Parts(source, {leaf: leaf for leaf in leaves}), region, self.target
+        )
         held[key] = versions, made
         return made
 
@@ -88,7 +91,7 @@ class _BorrowedStep(nn.Module):
         self.device = store.target[region.device or ""].torch
 
     def forward(self, *args: Any) -> Any:
-        inputs, weights = args[:self.inputs], args[self.inputs:]
+        inputs, weights = args[: self.inputs], args[self.inputs :]
         if self.kernel.op == "*" and all(w.device == self.device for w in weights):
             return self.call.body(*args)
         return self.kernel(self.store.get(self.region, weights), self.call, *inputs)
@@ -97,15 +100,22 @@ class _BorrowedStep(nn.Module):
 class Executable:
     """A lowered graph. `inputs` names what each argument is: an input's name, or (name, axis) for a size of one."""
 
-    def __init__(self, plan: Plan, gm: fx.GraphModule, inputs: tuple[str | tuple[str, int], ...] = (),
-                 devices: tuple[torch.device | None, ...] = ()) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        gm: fx.GraphModule,
+        inputs: tuple[str | tuple[str, int], ...] = (),
+        devices: tuple[torch.device | None, ...] = (),
+    ) -> None:
         self.plan, self.gm, self.inputs, self.devices = plan, gm, inputs, devices
         self._run = gm.forward
 
     def __call__(self, values: Mapping[str, Tensor]) -> Any:
         """Run on the inputs by name; what the captured function returned, as a tuple."""
-        args = [(values[i] if d is None else values[i].to(d)) if isinstance(i, str) else values[i[0]].shape[i[1]]
-                for i, d in zip(self.inputs, self.devices, strict=True)]
+        args = [
+            (values[i] if d is None else values[i].to(d)) if isinstance(i, str) else values[i[0]].shape[i[1]]
+            for i, d in zip(self.inputs, self.devices, strict=True)
+        ]
         with torch.inference_mode():
             return self._run(*args)
 
@@ -141,8 +151,11 @@ def lower(gm: fx.GraphModule, plan: Plan, store: Store, progress: Progress | Non
 
 def lower_borrowed(gm: fx.GraphModule, plan: Plan, store: BorrowedStore) -> Executable:
     """Replace every region by its kernel; the graph keeps its parameters as arguments."""
-    lowered = _lower(gm, lambda region: _BorrowedStep(store.kernels[str(region.kernel)], store, region,
-                                                      _call(region, store.target)), weights=True)
+    lowered = _lower(
+        gm,
+        lambda region: _BorrowedStep(store.kernels[str(region.kernel)], store, region, _call(region, store.target)),
+        weights=True,
+    )
     return Executable(plan, lowered)
 
 
@@ -154,6 +167,7 @@ def _call(region: Region, target: Target) -> Call:
 
 def _on_device(body: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     """The body with every device that it names (arange, `.to`, new tensors) replaced by the one it runs on."""
+
     def swap(value: Any) -> Any:
         return device if isinstance(value, torch.device) and value.type in ("cpu", "cuda") else value
 
@@ -199,8 +213,10 @@ def check_one_layout(graphs: Sequence[fx.GraphModule]) -> None:
                 layout = str(region.node.meta["layout"])
                 first = seen.setdefault(key, (layout, region.path))
                 if first[0] != layout:
-                    raise PassError(f"{key[0]} would be in {key[1]}'s memory twice: as {first[0]!r} for {first[1]} and as "
-                                    f"{layout!r} for {region.path}. Give both phases kernels of one layout")
+                    raise PassError(
+                        f"{key[0]} would be in {key[1]}'s memory twice: as {first[0]!r} for {first[1]} and as "
+                        f"{layout!r} for {region.path}. Give both phases kernels of one layout"
+                    )
 
 
 __all__ = ["BorrowedStore", "Executable", "Progress", "Store", "check_one_layout", "lower", "lower_borrowed"]

@@ -1,4 +1,5 @@
 """Symbolic sizes of a captured graph in numbers, without adding a guard."""
+
 from collections.abc import Mapping
 from typing import Any
 

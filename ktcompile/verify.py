@@ -1,4 +1,5 @@
 """What must hold: the invariants of a graph by name, and that a bound region computes what its op says."""
+
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -153,16 +154,24 @@ def wrong_binding(region: Region) -> str | None:
         want = region.body(*inputs, *made)
         got = definition(*before, *made)
     dtype = want.dtype
-    for name, a, b in [("result", want, got), *((r, x, y) for r, x, y in zip(op.roles, roles, before, strict=True)
-                                                if isinstance(x, Tensor) and x.dtype.is_floating_point)]:
+    for name, a, b in [
+        ("result", want, got),
+        *(
+            (r, x, y)
+            for r, x, y in zip(op.roles, roles, before, strict=True)
+            if isinstance(x, Tensor) and x.dtype.is_floating_point
+        ),
+    ]:
         error = float((a.float() - b.float()).abs().max() / a.float().abs().max().clamp(min=1e-9))
         if not error <= _TOLERANCE.get(dtype, 1e-4):
-            return f"not {region.op}: on random inputs its captured code differs from the op by {error:.1e} in its {name}"
+            return (
+                f"not {region.op}: on random inputs its captured code differs from the op by {error:.1e} in its {name}"
+            )
     return None
 
 
 def _inputs(region: Region, known: dict[str, int]) -> list[Any]:
-    """Random inputs that mean something: one request with stored tokens, real page numbers, expert ids, a causal mask."""
+    """Random inputs that mean something: a request with stored tokens, real pages, expert ids, a causal mask."""
     roles = {i: r for r, i in region.binding.roles.items()}
     generator = torch.Generator().manual_seed(0)
     out: list[Any] = []
@@ -178,7 +187,9 @@ def _inputs(region: Region, known: dict[str, int]) -> list[Any]:
             shape[0] = max(shape[0], -(-(_STORED + _TOKENS + 2 * PAGE) // PAGE))
         if role == "ids":
             experts = region.binding.shape.experts
-            out.append(torch.stack([torch.randperm(experts, generator=generator)[:shape[-1]] for _ in range(shape[0])]))
+            out.append(
+                torch.stack([torch.randperm(experts, generator=generator)[: shape[-1]] for _ in range(shape[0])])
+            )
         elif role == "page_table":
             tables[role] = torch.arange(shape[0] * shape[1]).view(shape)
             out.append(tables[role])

@@ -1,4 +1,5 @@
-"""choose-kernels: give every region the first kernel on its op's list that takes it."""
+"""give every region the first kernel on its op's list that takes it."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -29,12 +30,14 @@ class ChooseKernels(Pass):
         lists = {"moe": self.moe, "mla": self.mla, "other": self.other, **self.ops}
         for key, names in lists.items():
             if unknown := [n for n in names if n not in kernels]:
-                raise OptionError(key, f"choose-kernels: no kernel {unknown[0]!r}; {near(unknown[0], kernels)}")
+                raise OptionError(key, f"no kernel {unknown[0]!r}; {near(unknown[0], kernels)}")
         for region in list(regions(gm)):
             kernel, refused = choose(region, lists.get(region.op, self.other), ctx.target, kernels)
             if kernel is None:
-                raise RulesError(f"choose-kernels: no kernel takes {region.path} ({region.op} on {region.device}): "
-                                 f"{'; '.join(f'{n}: {w}' for n, w in refused)}. End the list with `reference`")
+                raise RulesError(
+                    f"no kernel takes {region.path} ({region.op} on {region.device}): "
+                    f"{'; '.join(f'{n}: {w}' for n, w in refused)}. End the list with `reference`"
+                )
             for why in dict.fromkeys(w for _, w in refused) if region.op in lists else ():
                 ctx.skip(region, f"{', '.join(n for n, w in refused if w == why)}: {why}")
             op = OPS.get(region.op)

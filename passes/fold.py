@@ -1,4 +1,5 @@
 """fold: one region a module call."""
+
 from dataclasses import dataclass
 
 from torch.fx import GraphModule
@@ -12,7 +13,7 @@ from ktcompile.verify import wrong_binding
 class Fold(Pass):
     """Fold each outermost module call that an op knows into one region, and what remains into glue.
 
-    What an op is said to mean is checked on random inputs; a region that computes something else keeps its captured code.
+    What an op is said to mean is checked on random inputs; a region that differs keeps its captured code.
     Assumes a captured graph: module paths, types and weight names on its nodes.
     """
 

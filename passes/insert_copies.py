@@ -1,4 +1,5 @@
 """insert-copies: make every region read values of its own device only."""
+
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from ktcompile import Context, Pass, PassError, Region, Target, device_of, inser
 class InsertCopies(Pass):
     """Copy each value once to every other device that reads it, just before its first use there.
 
-    A region on the CPU only submits work, so the copy back is also the wait: the later its first use, the more overlaps.
+    The copy back from the CPU is also the wait for it: the later its first use, the more can overlap.
     Results go back to the device that the caller gave the inputs on.
     """
 
@@ -43,8 +44,10 @@ def _bring(value: Node, device: str, user: Node, made: dict[tuple[Node, str], No
     if at in (None, device) or is_scalar(value):
         return
     if value.meta.get("state"):
-        raise PassError(f"{Region(user).path} on {device} writes {value.name}, which is on {at}; "
-                        "one page pool cannot be on two devices")
+        raise PassError(
+            f"{Region(user).path} on {device} writes {value.meta.get('input', value.name)}, which is on {at}; "
+            "one page pool cannot be on two devices"
+        )
     if (value, device) not in made:
         made[value, device] = insert_copy(value, device, user)
     user.replace_input_with(value, made[value, device])

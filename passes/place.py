@@ -1,4 +1,5 @@
-"""place: give every region a device."""
+"""give every region a device."""
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,11 +28,11 @@ class Place(Pass):
         found = list(regions(gm))
         for glob in devices:
             if not any(r.matches(glob) for r in found):
-                raise OptionError(f"rules.{glob}", f"place: rule {glob!r} matches no region; {_suggest(glob, found)}")
+                raise OptionError(f"rules.{glob}", f"rule {glob!r} matches no region; {_suggest(glob, found)}")
         for region in found:
             device = next((d for glob, d in devices.items() if region.matches(glob)), None)
             if device is None:
-                raise RulesError(f"place: no rule matches {region.path}; end the rules with \"*\": gpu")
+                raise RulesError(f'place: no rule matches {region.path}; end the rules with "*": gpu')
             region.place(device)
         for node in gm.graph.nodes:
             if node.op == "placeholder" and "weight" not in node.meta:
@@ -48,8 +49,9 @@ class Place(Pass):
         known = ["cpu", "gpu", *(d.name for d in target.devices)]
         close = get_close_matches(name, known, 1, 0.4)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise OptionError(f"rules.{glob}", f"place: no device {name!r}; {hint}this target has "
-                                           f"{', '.join(dict.fromkeys(known))}")
+        raise OptionError(
+            f"rules.{glob}", f"no device {name!r}; {hint}this target has {', '.join(dict.fromkeys(known))}"
+        )
 
 
 def _input_device(node: Node, target: Target) -> str:

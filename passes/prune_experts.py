@@ -1,4 +1,5 @@
-"""prune-experts: fewer experts a token than the model was trained with."""
+"""fewer experts a token than the model was trained with."""
+
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,8 +18,8 @@ class PruneExperts(Pass):
     """Keep `keep` of a router's top-k experts. Lossy.
 
     `choice` lets the router choose `keep` from the start: the same as `num_experts_per_tok = keep`. `weight` lets it
-    choose k, then keeps those with the largest scores (another set where a correction bias is in the choice). Either way
-    scores are renormalised where the model does it. Assumes that the experts read their ids and scores from the router.
+    choose k, then keeps those with the largest scores (another set where a correction bias is in the choice). Scores
+    are renormalised where the model does it. Assumes that the experts read their ids and scores from the router.
     """
 
     name = "prune-experts"
@@ -36,8 +37,11 @@ class PruneExperts(Pass):
         for router in routers:
             shape: RouterShape = router.binding.shape
             if not 1 <= self.keep <= shape.experts:
-                raise OptionError("keep", f"prune-experts: keep = {self.keep}; {router.path} has {shape.experts} experts "
-                                          f"and uses {shape.top_k}: allowed is 1 to {shape.top_k}")
+                raise OptionError(
+                    "keep",
+                    f"keep = {self.keep}; {router.path} has {shape.experts} experts "
+                    f"and uses {shape.top_k}: allowed is 1 to {shape.top_k}",
+                )
             if self.keep >= shape.top_k:
                 ctx.skip(router, f"uses {shape.top_k} experts, {self.keep} are to be kept: nothing to prune")
                 continue

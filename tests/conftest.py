@@ -1,4 +1,5 @@
 """The environment of every test, golden pages, hypothesis' profile, and the last lines of a run."""
+
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,11 +19,17 @@ from hypothesis import HealthCheck, Phase, settings
 HERE = Path(__file__).parent
 
 torch.set_num_threads(1)
-settings.register_profile("ktrans", deadline=None, max_examples=25, print_blob=True,
-                          derandomize=bool(os.environ.get("CI")),
-                          phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink] if not os.environ.get("CI")
-                          else [Phase.explicit, Phase.generate],  # a shrink takes minutes: the blob repeats it here
-                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile(
+    "ktrans",
+    deadline=None,
+    max_examples=25,
+    print_blob=True,
+    derandomize=bool(os.environ.get("CI")),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink]
+    if not os.environ.get("CI")
+    else [Phase.explicit, Phase.generate],  # a shrink takes minutes: the blob repeats it here
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 settings.load_profile("ktrans")
 
 Golden = Callable[[str, str], None]
@@ -53,8 +60,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Which instruction sets ran, and where the Triton kernels did: no variant is skipped in silence."""
     lines = import_module("native.report").lines() if (HERE / "native" / "report.py").exists() else []
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    where = "in Triton's interpreter, on the CPU" if interpreted else f"on {torch.cuda.get_device_name(0)}" \
-        if torch.cuda.is_available() else "not at all: no GPU, and TRITON_INTERPRET is not 1"
+    where = (
+        "in Triton's interpreter, on the CPU"
+        if interpreted
+        else f"on {torch.cuda.get_device_name(0)}"
+        if torch.cuda.is_available()
+        else "not at all: no GPU, and TRITON_INTERPRET is not 1"
+    )
     terminalreporter.section("what really ran")
     for line in (*lines, f"triton kernels {where}"):
         terminalreporter.write_line(line)

@@ -1,4 +1,5 @@
 """Tiny models of every family, captured once a configuration. No pass changes a captured graph: refold it freely."""
+
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from ktcompile.cache import PAGE, PagedCache
 from ktcompile.capture import EXPERTS, annotate, annotate_weights, empty_model
 from ktcompile.checkpoint import Checkpoint
 from ktcompile.kernel import available
-from ktcompile.load import Phase, Settings, capture_phase, run_pipeline
+from ktcompile.model import Phase, Settings, capture_phase, run_pipeline
 from ktcompile.passes.choose_kernels import ChooseKernels
 from ktcompile.passes.fold import Fold
 from ktcompile.passes.insert_copies import InsertCopies
@@ -37,14 +38,29 @@ from ktcompile.weights import ModuleSource
 
 torch.set_num_threads(1)
 
-_SIZES = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512,
-          "eos_token_id": None, "bos_token_id": 0, "pad_token_id": None}
+_SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,
+    "bos_token_id": 0,
+    "pad_token_id": None,
+}
 _MLA = {"num_key_value_heads": 4, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 _GQA = {"num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
 _WIDTHS = {"intermediate_size": 96, "moe_intermediate_size": 32, "num_experts_per_tok": 4}
 _SHARED = _WIDTHS | {"num_hidden_layers": 3, "n_shared_experts": 1, "n_routed_experts": 16, "first_k_dense_replace": 1}
-_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
-         "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 
 
 def _deepseek_v3(**changes: Any) -> PretrainedConfig:
@@ -56,13 +72,15 @@ def _deepseek_v2() -> PretrainedConfig:
 
 
 def _qwen3_moe() -> PretrainedConfig:
-    return Qwen3MoeConfig(**_SIZES | _GQA | _WIDTHS, num_experts=16, norm_topk_prob=True, decoder_sparse_step=1,
-                          mlp_only_layers=[])
+    return Qwen3MoeConfig(
+        **_SIZES | _GQA | _WIDTHS, num_experts=16, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[]
+    )
 
 
 def _mixtral() -> PretrainedConfig:
-    return MixtralConfig(**_SIZES | _GQA, intermediate_size=32, num_local_experts=8, num_experts_per_tok=2,
-                         sliding_window=None)
+    return MixtralConfig(
+        **_SIZES | _GQA, intermediate_size=32, num_local_experts=8, num_experts_per_tok=2, sliding_window=None
+    )
 
 
 def _glm4_moe() -> PretrainedConfig:
@@ -70,8 +88,14 @@ def _glm4_moe() -> PretrainedConfig:
 
 
 def _gpt_oss() -> PretrainedConfig:
-    return GptOssConfig(**_SIZES | _GQA, intermediate_size=32, num_local_experts=8, num_experts_per_tok=2,
-                        sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    return GptOssConfig(
+        **_SIZES | _GQA,
+        intermediate_size=32,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )
 
 
 CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
@@ -111,6 +135,7 @@ TWO = Target((Device("cpu", "cpu", 1 << 30, 1e11), Device("cpu:1", "cpu", 1 << 3
 
 # ------------------------------------------------------------------------------------------------ as `load` captures
 
+
 @cache
 def hollow(name: str) -> PreTrainedModel:
     """The model without weights."""
@@ -122,8 +147,9 @@ def real(name: str, experts: str = EXPERTS) -> PreTrainedModel:
     """The model with random weights (std 0.1), ready to run; its experts are the marker that `load` captures."""
     torch.manual_seed(0)
     attention = "eager" if name == "gpt_oss" else "sdpa"
-    model = AutoModelForCausalLM.from_config(deepcopy(config(name)), dtype=torch.float32, attn_implementation=attention,
-                                             experts_implementation=experts)
+    model = AutoModelForCausalLM.from_config(
+        deepcopy(config(name)), dtype=torch.float32, attn_implementation=attention, experts_implementation=experts
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
@@ -135,6 +161,7 @@ def real(name: str, experts: str = EXPERTS) -> PreTrainedModel:
 
 def checkpoint(name: str, source: Any = None) -> Checkpoint:
     """A checkpoint of the tiny model, without weights unless `source` has them."""
+
     def no_tokenizer() -> Any:
         raise AssertionError("a tiny model has no tokenizer")
 
@@ -154,8 +181,9 @@ def captured(name: str, phase: Phase = "decode") -> fx.GraphModule:
 
 def plan(name: str, target: Target, *passes: Any, phase: Phase = "decode", every: bool = False) -> list[Plan]:
     """The plans of the passes on a captured model."""
-    return run_pipeline(captured(name, phase), settings(target, *passes), name, phase, 1 if phase == "decode" else 32,
-                        every=every)[1]
+    return run_pipeline(
+        captured(name, phase), settings(target, *passes), name, phase, 1 if phase == "decode" else 32, every=every
+    )[1]
 
 
 def rewritten(gm: fx.GraphModule, target: Target, *passes: Any) -> tuple[fx.GraphModule, Context]:
@@ -166,11 +194,16 @@ def rewritten(gm: fx.GraphModule, target: Target, *passes: Any) -> tuple[fx.Grap
 
 def placed(rules: Mapping[str, str], kernels: Any = None) -> tuple[Any, ...]:
     """The usual passes: fold, place by these rules, copy, and run everything by its captured code."""
-    return Fold(), Place(rules), InsertCopies(), kernels or ChooseKernels(moe=("reference",), mla=("reference",),
-                                                                           other=("reference",))
+    return (
+        Fold(),
+        Place(rules),
+        InsertCopies(),
+        kernels or ChooseKernels(moe=("reference",), mla=("reference",), other=("reference",)),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ graphs that run
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -256,19 +289,26 @@ def captured_user(name: str, experts: str = "grouped_mm") -> Plain:
     return _recorded(lambda ids: model(ids), (ids,), name, "prefill", model)
 
 
-def _recorded(step: Callable[..., Any], given: tuple[Any, ...], name: str, phase: Phase,
-              model: PreTrainedModel) -> Plain:
+def _recorded(
+    step: Callable[..., Any], given: tuple[Any, ...], name: str, phase: Phase, model: PreTrainedModel
+) -> Plain:
     found: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
 
     def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append((gm, tuple(i.clone() if isinstance(i, Tensor) and not isinstance(i, torch.nn.Parameter) else i
-                                for i in inputs)))
+        found.append(
+            (
+                gm,
+                tuple(
+                    i.clone() if isinstance(i, Tensor) and not isinstance(i, torch.nn.Parameter) else i for i in inputs
+                ),
+            )
+        )
         return gm.forward
 
     torch.compiler.reset()
     with torch.no_grad():
         torch.compile(step, backend=record, fullgraph=True, dynamic=False)(*given)
-    (gm, args), = found
+    ((gm, args),) = found
     annotate(gm)
     annotate_weights(gm, None)
     keys = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
@@ -284,5 +324,9 @@ def _after(plain: Plain) -> list[Any]:
 
 def with_capacity(target: Target, **capacities: int) -> Target:
     """The target with other capacities, in bytes, by kind or name with `_` for `:`."""
-    return replace(target, devices=tuple(replace(d, capacity=capacities.get(d.name.replace(":", "_"), d.capacity))
-                                         for d in target.devices))
+    return replace(
+        target,
+        devices=tuple(
+            replace(d, capacity=capacities.get(d.name.replace(":", "_"), d.capacity)) for d in target.devices
+        ),
+    )

@@ -1,4 +1,5 @@
 """What hypothesis draws: tiny models, placements, devices that are nearly full, rules files with mistakes in them."""
+
 from collections.abc import Mapping
 from functools import cache
 
@@ -12,9 +13,23 @@ from ktcompile.passes.fold import Fold
 FAST = ("deepseek_v3", "deepseek_v3_tied", "qwen3_moe", "mixtral", "glm4_moe")
 """One model of each shape of graph: a property that ran on all of them rarely needs another."""
 
-_GLOBS = ("*.experts", "*.self_attn", "layers.0.*", "layers.{0..1}.*", "layers.1.*", "*.mlp.*", "*norm*",
-          "*embed_tokens", "lm_head", "*residual*", "*.{gate,router}", "*rotary_emb", "mask",
-          "*layernorm", "layers.{1..2}.mlp.*")
+_GLOBS = (
+    "*.experts",
+    "*.self_attn",
+    "layers.0.*",
+    "layers.{0..1}.*",
+    "layers.1.*",
+    "*.mlp.*",
+    "*norm*",
+    "*embed_tokens",
+    "lm_head",
+    "*residual*",
+    "*.{gate,router}",
+    "*rotary_emb",
+    "mask",
+    "*layernorm",
+    "layers.{1..2}.mlp.*",
+)
 
 models = st.sampled_from(FAST)
 any_model = st.sampled_from(UNDERSTOOD)
@@ -45,7 +60,7 @@ def tight_targets(draw: st.DrawFn) -> Target:
     return with_capacity(TWO, cpu=draw(size), cpu_1=draw(size))
 
 
-RULES = '''extends: base
+RULES = """extends: base
 pipeline:
   - prune-experts: {keep: 6, ranking: weight}
   - place:
@@ -56,12 +71,53 @@ pipeline:
   - choose-kernels:
       moe: [avx2, reference]
       ops: {norm: [reference]}
-'''
+"""
 """A valid rules file with one of everything."""
 
-_WORDS = ("extends", "base", "pipeline", "place", "rules", "keep", "6", "cpu", "[", "]", "{", "}", ":", "- ", "null",
-          "~", "\t", '"', "'", "&a ", "*a", "!!int ", "!!python/object:os.system ", "<<", "?", "|", ">", "#", "---\n",
-          "%", "\u2028", "\x00", "\U0001f600", "1e400", "0x", "2026-11-23", "true", ".inf", "-1", "9" * 20, "=", "..")
+_WORDS = (
+    "extends",
+    "base",
+    "pipeline",
+    "place",
+    "rules",
+    "keep",
+    "6",
+    "cpu",
+    "[",
+    "]",
+    "{",
+    "}",
+    ":",
+    "- ",
+    "null",
+    "~",
+    "\t",
+    '"',
+    "'",
+    "&a ",
+    "*a",
+    "!!int ",
+    "!!python/object:os.system ",
+    "<<",
+    "?",
+    "|",
+    ">",
+    "#",
+    "---\n",
+    "%",
+    "\u2028",
+    "\x00",
+    "\U0001f600",
+    "1e400",
+    "0x",
+    "2026-11-23",
+    "true",
+    ".inf",
+    "-1",
+    "9" * 20,
+    "=",
+    "..",
+)
 
 
 @st.composite
@@ -76,7 +132,7 @@ def mutated_rules(draw: st.DrawFn) -> str:
         elif kind == "random":
             text = text[:at] + draw(st.text(max_size=3)) + text[at:]
         elif kind == "delete":
-            text = text[:at] + text[at + draw(st.integers(1, 12)):]
+            text = text[:at] + text[at + draw(st.integers(1, 12)) :]
         else:
             lines = text.splitlines(keepends=True) or [""]
             i, j = draw(st.integers(0, len(lines) - 1)), draw(st.integers(0, len(lines) - 1))

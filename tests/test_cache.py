@@ -1,4 +1,5 @@
 """PagedCache under unmodified Hugging Face models, and its ops against lists of rows."""
+
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ def rows(cache: PagedCache, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     """Random `[1, heads, tokens, dim]` keys and values, or latents and rotated keys."""
     generator = torch.Generator().manual_seed(seed)
     row = cache.row
-    return (torch.randn(1, row.heads, tokens, row.first, generator=generator),
-            torch.randn(1, row.heads, tokens, row.second, generator=generator))
+    return (
+        torch.randn(1, row.heads, tokens, row.first, generator=generator),
+        torch.randn(1, row.heads, tokens, row.second, generator=generator),
+    )
 
 
 def step(cache: PagedCache, counts: list[int], seed: int) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -38,15 +41,21 @@ def stored(cache: PagedCache, request: int, keys: Tensor, values: Tensor) -> Ten
     """The rows of one request in what `update` returned, `[length, width]`."""
     flat = torch.cat([x.transpose(1, 2).flatten(2) for x in (keys, values)], -1)[0]
     each = flat.shape[0] // cache.requests
-    return flat[request * each:request * each + cache.lengths[request]]
+    return flat[request * each : request * each + cache.lengths[request]]
 
 
 # ------------------------------------------------------------------------------------------------ layouts
 
-@pytest.mark.parametrize(("family", "name", "heads", "width"), [
-    ("deepseek_v3", "latent", 1, 40), ("qwen3_moe", "keys/values", 2, 64), ("mixtral", "keys/values", 2, 64),
-    ("glm4_moe", "keys/values", 2, 64),
-])
+
+@pytest.mark.parametrize(
+    ("family", "name", "heads", "width"),
+    [
+        ("deepseek_v3", "latent", 1, 40),
+        ("qwen3_moe", "keys/values", 2, 64),
+        ("mixtral", "keys/values", 2, 64),
+        ("glm4_moe", "keys/values", 2, 64),
+    ],
+)
 def test_row_layout(family: str, name: str, heads: int, width: int) -> None:
     row = row_layout(tiny.config(family))
     assert (row.name, row.heads, row.width) == (name, heads, width)
@@ -68,6 +77,7 @@ def test_nbytes(family: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ rectangular
 
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_generate(family: str, batch: int) -> None:
@@ -75,8 +85,12 @@ def test_generate(family: str, batch: int) -> None:
     model = tiny.model(family)
     ids = tiny.ids(batch, 13)
     ids[-1, :5] = 0
-    asked: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != 0).long(), "max_new_tokens": 24,
-                             "do_sample": False}
+    asked: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "max_new_tokens": 24,
+        "do_sample": False,
+    }
     cache = PagedCache(model.config, requests=batch, context=64)
     assert torch.equal(model.generate(**asked, past_key_values=cache), model.generate(**asked))
     assert int(cache.get_seq_length()) == 13 + 23
@@ -120,7 +134,8 @@ def test_rectangular_full() -> None:
 # ------------------------------------------------------------------------------------------------ ragged
 
 requests_of_steps = st.integers(1, 4).flatmap(
-    lambda n: st.lists(st.lists(st.integers(0, 20), min_size=n, max_size=n), min_size=1, max_size=5))
+    lambda n: st.lists(st.lists(st.integers(0, 20), min_size=n, max_size=n), min_size=1, max_size=5)
+)
 
 
 @settings(max_examples=60)
@@ -153,8 +168,11 @@ def test_ragged(family: str, steps: list[list[int]], context: int) -> None:
     assert used == sum(lengths)
 
 
-@given(lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20)), min_size=1, max_size=4).filter(
-    lambda x: any(c for _, c in x)))
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20)), min_size=1, max_size=4).filter(
+        lambda x: any(c for _, c in x)
+    )
+)
 def test_ragged_mask(lengths: list[tuple[int, int]]) -> None:
     """A token sees its own request up to itself, and nothing else."""
     cache = PagedCache(tiny.config("qwen3_moe"), requests=len(lengths), context=64, ragged=True)
@@ -168,7 +186,7 @@ def test_ragged_mask(lengths: list[tuple[int, int]]) -> None:
     at = 0
     for request, (length, count) in enumerate(lengths):
         for i in range(count):
-            wanted[at, request * width:request * width + length + i + 1] = True
+            wanted[at, request * width : request * width + length + i + 1] = True
             at += 1
     assert torch.equal(mask[0, 0], wanted)
     assert mask.shape[:2] == (1, 1)

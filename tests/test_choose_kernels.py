@@ -1,4 +1,5 @@
 """choose-kernels: every region gets the first kernel on its op's list that takes it."""
+
 from functools import cache
 
 import pytest
@@ -14,7 +15,7 @@ from torch.fx import GraphModule
 
 from ktcompile import Device, Kernel, Region, RulesError, Target, regions
 from ktcompile.kernel import Call, Parts, available, refusal
-from ktcompile.load import Phase
+from ktcompile.model import Phase
 from ktcompile.passes.choose_kernels import ChooseKernels
 from ktcompile.passes.fold import Fold
 from ktcompile.passes.insert_copies import InsertCopies
@@ -46,8 +47,12 @@ def on_one_device(name: str, phase: Phase) -> GraphModule:
 @cache
 def takers(name: str, phase: Phase) -> list[tuple[Kernel, Region]]:
     """Every kernel with every region that it takes; equal layers once, and hand kernels as often as all others."""
-    found = {(k.name, id(r.body)): (k, r) for r in regions(on_one_device(name, phase)) for k in available().values()
-             if refusal(k, r, HERE) is None}
+    found = {
+        (k.name, id(r.body)): (k, r)
+        for r in regions(on_one_device(name, phase))
+        for k in available().values()
+        if refusal(k, r, HERE) is None
+    }
     own = [pair for pair in found.values() if pair[0].op != "*"]
     return [*found.values(), *own * (len(found) // max(1, len(own)))]
 
@@ -71,7 +76,7 @@ def test_a_kernel_that_accepts_packs_and_runs(data: st.DataObject, name: str, ph
 
     with torch.no_grad():
         Watch(gm).run(*plain.fresh())
-    inputs = values["args"][:len(region.inputs)]  # type: ignore[index]
+    inputs = values["args"][: len(region.inputs)]  # type: ignore[index]
     if kernel.op == region.op:
         inputs = [inputs[region.binding.roles[role]] for role in region.binding.roles]
     keys = {leaf: str(node.meta["weight"]) for leaf, node in region.weights.items()}
@@ -84,8 +89,12 @@ def test_a_kernel_that_accepts_packs_and_runs(data: st.DataObject, name: str, ph
     with torch.no_grad():
         made = kernel(packed, call, *inputs)
     if kernel.op == "*":
-        assert torch.equal(*(torch.stack([o.float().sum() for o in (v if isinstance(v, tuple) else (v,))])
-                             for v in (made, values["out"])))
+        assert torch.equal(
+            *(
+                torch.stack([o.float().sum() for o in (v if isinstance(v, tuple) else (v,))])
+                for v in (made, values["out"])
+            )
+        )
         return
     wanted = values["out"]
     assert isinstance(wanted, Tensor) and made.shape == wanted.shape and made.dtype == wanted.dtype
@@ -99,8 +108,12 @@ def refused(target: Target, choice: ChooseKernels) -> str:
 
 
 def test_an_unknown_kernel(golden: Golden) -> None:
-    golden("unknown", refused(GPU, ChooseKernels(moe=("avx_512", "reference")))
-           + refused(GPU, ChooseKernels(ops={"norm": ("fastest",)})).split("known:", maxsplit=1)[0] + "\n")
+    golden(
+        "unknown",
+        refused(GPU, ChooseKernels(moe=("avx_512", "reference")))
+        + refused(GPU, ChooseKernels(ops={"norm": ("fastest",)})).split("known:", maxsplit=1)[0]
+        + "\n",
+    )
 
 
 def test_nobody_takes_it(golden: Golden) -> None:

@@ -1,4 +1,5 @@
 """The `ktrans` command as a person types it: what goes to stdout, to stderr, and the exit code."""
+
 import io
 import json
 import resource
@@ -18,6 +19,7 @@ MACHINE = ("--gpu", "24G", "--ram", "512G")  # pages of a machine that is the sa
 @pytest.fixture
 def ktrans(monkeypatch, capsys):
     """Runs `ktrans ARGS` in this process; returns (exit code, stdout, stderr)."""
+
     def run(*args: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["ktrans", *map(str, args)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -26,6 +28,7 @@ def ktrans(monkeypatch, capsys):
             cli.main()
         captured = capsys.readouterr()
         return int(end.value.code or 0), captured.out, captured.err
+
     return run
 
 
@@ -47,8 +50,12 @@ def test_chat_reads_a_prompt_file_and_stdin(ktrans, tmp_path):
 
 
 def test_a_conversation_from_a_pipe_keeps_its_context(ktrans):
-    code, out, err = ktrans("chat", "--temperature", "0",
-                            stdin="What is the capital of France?\nTell me a story.\n/new\nWhat is the capital of Italy?\n")
+    code, out, err = ktrans(
+        "chat",
+        "--temperature",
+        "0",
+        stdin="What is the capital of France?\nTell me a story.\n/new\nWhat is the capital of Italy?\n",
+    )
     assert code == 0
     assert "Paris" in out
     assert out.endswith("The capital of Italy is Rome.\n")
@@ -57,6 +64,7 @@ def test_a_conversation_from_a_pipe_keeps_its_context(ktrans):
 
 def test_ctrl_c_stops_the_answer_not_the_program(ktrans, monkeypatch):
     from ktcompile.generate import Session
+
     real, calls = Session.stream, []
 
     def stream(self, prompt, most):
@@ -75,7 +83,10 @@ def test_ctrl_c_stops_the_answer_not_the_program(ktrans, monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_text(ktrans):
-    texts = {ktrans("chat", "-p", "Tell me a story.", "--seed", "3", "--temperature", "1", "--max-new-tokens", "20")[1] for _ in range(2)}
+    texts = {
+        ktrans("chat", "-p", "Tell me a story.", "--seed", "3", "--temperature", "1", "--max-new-tokens", "20")[1]
+        for _ in range(2)
+    }
     assert len(texts) == 1
 
 
@@ -84,22 +95,25 @@ def test_lossy_modes_are_named(ktrans):
     assert "lossy: 6 experts a token" in err
 
 
-@pytest.mark.parametrize(("args", "words"), [
-    (("chat", "no/such/model.gguf"), ("no/such/model.gguf",)),
-    (("chat", "-p", "a", "--prompt-file", "b"), ("give one of them",)),
-    (("chat", "--prompt-file", "/no/file"), ("/no/file",)),
-    (("chat", "-p", "a", "--temperature", "-1"), ("temperature -1", "0 to 100")),
-    (("chat", "-p", "a", "--context", "0"), ("context 0", "1024")),
-    (("chat", "-p", "a", "--dtype", "fp23"), ("fp23", "did you mean")),
-    (("chat", "-p", "a", "--experts", "0"), ("keep = 0", "1 to 8")),
-    (("chat", "-p", "a", "--cpu-threads", "99999"), ("99999 CPU threads",)),
-    (("chat", str(DATA / "deepseek-v3-671b"), "-p", "a"), ("no weights",)),
-    (("explain", "--rules", "bse"), ("did you mean 'base'",)),
-    (("explain", "--after", "plce"), ("plce", "place")),
-    (("explain", "--phase", "warmup"), ("decode and prefill",)),
-    (("explain", "--gpu", "24X"), ("24X",)),
-    (("explain", "--encoding", "q9"), ("q9", "q4_k_m")),
-])
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("chat", "no/such/model.gguf"), ("no/such/model.gguf",)),
+        (("chat", "-p", "a", "--prompt-file", "b"), ("give one of them",)),
+        (("chat", "--prompt-file", "/no/file"), ("/no/file",)),
+        (("chat", "-p", "a", "--temperature", "-1"), ("temperature -1", "0 to 100")),
+        (("chat", "-p", "a", "--context", "0"), ("context 0", "1024")),
+        (("chat", "-p", "a", "--dtype", "fp23"), ("fp23", "did you mean")),
+        (("chat", "-p", "a", "--experts", "0"), ("keep = 0", "1 to 8")),
+        (("chat", "-p", "a", "--cpu-threads", "99999"), ("99999 CPU threads",)),
+        (("chat", str(DATA / "deepseek-v3-671b"), "-p", "a"), ("no weights",)),
+        (("explain", "--rules", "bse"), ("did you mean 'base'",)),
+        (("explain", "--after", "plce"), ("plce", "place")),
+        (("explain", "--phase", "warmup"), ("decode and prefill",)),
+        (("explain", "--gpu", "24X"), ("24X",)),
+        (("explain", "--encoding", "q9"), ("q9", "q4_k_m")),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(ktrans, args, words):
     code, out, err = ktrans(*args)
     assert code == 2
@@ -140,7 +154,12 @@ def test_explain_writes_html_json_and_a_page_a_pass(ktrans, tmp_path):
     assert {"name", "device", "kernel", "nbytes", "us"} <= set(plan["rows"][0])
     assert page.read_text().startswith("<!doctype html>")
     assert "http" not in page.read_text()
-    assert [p.name for p in sorted(folder.iterdir())] == ["00-fold.txt", "01-place.txt", "02-insert-copies.txt", "03-choose-kernels.txt"]
+    assert [p.name for p in sorted(folder.iterdir())] == [
+        "00-fold.txt",
+        "01-place.txt",
+        "02-insert-copies.txt",
+        "03-choose-kernels.txt",
+    ]
     assert str(page) in err
 
 
@@ -167,8 +186,12 @@ def test_what_there_is(ktrans):
 def test_the_671b_model_is_planned_in_40_seconds_and_3_gb():
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "ktcompile.cli", "explain", DATA / "deepseek-v3-671b", "--encoding", "q4_k_m", *MACHINE],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "ktcompile.cli", "explain", DATA / "deepseek-v3-671b", "--encoding", "q4_k_m", *MACHINE],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
     for word in ("deepseek-v3-671b, decode: 1 token", "cpu     367 GiB of 512 GiB", "L3.experts", "as L3", "lm_head"):

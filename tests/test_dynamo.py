@@ -1,4 +1,5 @@
 """`torch.compile(model, backend="ktrans")` on plain Hugging Face models against the same models run eagerly."""
+
 import gc
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def moe_kernels() -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ the same numbers
 
+
 def dynamic(config: PretrainedConfig) -> Cache:
     return DynamicCache(config=config)
 
@@ -144,27 +146,33 @@ def test_bf16() -> None:
 
 def test_found_by_name() -> None:
     """The backend needs no import of ktcompile."""
-    code = ("import sys, torch, transformers as t\n"
-            "torch.set_num_threads(1)\n"
-            "c = t.MixtralConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,\n"
-            "                    head_dim=8, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)\n"
-            "m = t.AutoModelForCausalLM.from_config(c).eval()\n"
-            "x = torch.arange(5)[None]\n"
-            "assert 'ktcompile' not in sys.modules and 'ktrans' in torch.compiler.list_backends()\n"
-            "with torch.no_grad():\n"
-            "    torch.testing.assert_close(torch.compile(m, backend='ktrans')(x).logits, m(x).logits)\n"
-            "assert len(sys.modules['ktcompile.dynamo'].plans()) == 1")
+    code = (
+        "import sys, torch, transformers as t\n"
+        "torch.set_num_threads(1)\n"
+        "c = t.MixtralConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,\n"
+        "                    head_dim=8, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)\n"
+        "m = t.AutoModelForCausalLM.from_config(c).eval()\n"
+        "x = torch.arange(5)[None]\n"
+        "assert 'ktcompile' not in sys.modules and 'ktrans' in torch.compiler.list_backends()\n"
+        "with torch.no_grad():\n"
+        "    torch.testing.assert_close(torch.compile(m, backend='ktrans')(x).logits, m(x).logits)\n"
+        "assert len(sys.modules['ktcompile.dynamo'].plans()) == 1"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ fewer experts
 
+
 def eager_routing(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits, and the sorted expert ids of every layer, of the eager model."""
     seen: list[Tensor] = []
-    hooks = [m.register_forward_pre_hook(lambda _, args: seen.append(args[1].sort(-1).values))
-             for name, m in model.named_modules() if name.endswith(".experts")]
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args: seen.append(args[1].sort(-1).values))
+        for name, m in model.named_modules()
+        if name.endswith(".experts")
+    ]
     logits = model(ids).logits
     for hook in hooks:
         hook.remove()
@@ -208,6 +216,7 @@ def test_six_experts_by_weight(routed: list[Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ weights
+
 
 def change_in_place(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
@@ -313,6 +322,7 @@ def test_no_backward() -> None:
 
 # ------------------------------------------------------------------------------------------------ refusals
 
+
 def refused(call: Callable[[], Any]) -> BaseException:
     """The error of ours that dynamo wrapped."""
     with pytest.raises(BackendCompilerFailed) as caught:
@@ -320,13 +330,16 @@ def refused(call: Callable[[], Any]) -> BaseException:
     return caught.value.inner_exception
 
 
-@pytest.mark.parametrize(("options", "told"), [
-    ({"expert": 6}, "no option 'expert'; did you mean 'experts'?"),
-    ({"experts": 0}, "keep = 0"),
-    ({"experts": 6, "ranking": "wait"}, "ranking"),
-    ({"rules": "bass"}, "did you mean 'base'?"),
-    ({"target": "cpu"}, "option target is a str; wanted a ktcompile.Target"),
-])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"expert": 6}, "no option 'expert'; did you mean 'experts'?"),
+        ({"experts": 0}, "keep = 0"),
+        ({"experts": 6, "ranking": "wait"}, "ranking"),
+        ({"rules": "bass"}, "did you mean 'base'?"),
+        ({"target": "cpu"}, "option target is a str; wanted a ktcompile.Target"),
+    ],
+)
 def test_wrong_options(options: dict[str, Any], told: str) -> None:
     model = tiny.model("qwen3_moe", num_hidden_layers=1)
     found = refused(lambda: compiled(model, **options)(tiny.ids(1, 7)))
@@ -348,7 +361,7 @@ def test_eager_experts() -> None:
 def test_recompile_limit(families: tuple[str, str]) -> None:
     """Before dynamo would run anything eagerly in silence there is an error. Its limit counts all models together."""
     models = [tiny.model(f, num_hidden_layers=1) for f in families]
-    both = [torch.compile(m, backend="ktrans", dynamic=False) for m in models[:len(set(families))]]
+    both = [torch.compile(m, backend="ktrans", dynamic=False) for m in models[: len(set(families))]]
     with torch._dynamo.config.patch(recompile_limit=4):
         for tokens in range(2, 5):
             both[tokens % len(both)](tiny.ids(1, tokens))

@@ -1,4 +1,5 @@
 """fold: one region a module call, with its captured code as body."""
+
 import pytest
 import torch
 from conftest import Golden
@@ -100,7 +101,8 @@ def test_a_gate_of_its_own_is_refused(clamp: bool) -> None:
     folded, refusals = fold(gm, bind)
     assert [r.op for r in regions(folded)] == ["experts" if clamp else "moe"]
     assert [why for _, why in refusals] == (
-        ["not moe: it does not compute act(gate) * up and nothing else between its products"] if clamp else [])
+        ["not moe: it does not compute act(gate) * up and nothing else between its products"] if clamp else []
+    )
 
 
 class _Twice(nn.Module):
@@ -121,7 +123,10 @@ def test_a_module_called_twice_is_not_one_region() -> None:
     folded, refusals = fold(gm, bind)
     assert refusals in ([], [("norm", "not norm: other code runs between its first and last operation")])
     x = torch.randn(2, 4)
-    inputs = [x if "input" in n.meta else dict(module.named_parameters())[n.meta["weight"]]
-              for n in folded.graph.nodes if n.op == "placeholder"]
+    inputs = [
+        x if "input" in n.meta else dict(module.named_parameters())[n.meta["weight"]]
+        for n in folded.graph.nodes
+        if n.op == "placeholder"
+    ]
     with torch.no_grad():
         assert torch.equal(torch.fx.Interpreter(folded).run(*inputs)[0], module(x)[0])

@@ -1,4 +1,5 @@
 """insert-copies: a value that is read on another device goes there once, just before its first use."""
+
 import pytest
 from conftest import Golden
 from hypothesis import given, settings
@@ -28,8 +29,12 @@ def test_as_many_copies_as_crossings(data: st.DataObject, name: str, phase: str)
     """A copy for each (value, other device that reads it), no more, and each at its first reader."""
     rules = data.draw(placements(name))
     before, _ = rewritten(captured(name, phase), TWO, Fold(), Place(rules))  # type: ignore[arg-type]
-    wanted = {(v.name, r.device) for r in regions(before) for v in r.inputs
-              if not is_scalar(v) and device_of(v) not in (None, r.device)}
+    wanted = {
+        (v.name, r.device)
+        for r in regions(before)
+        for v in r.inputs
+        if not is_scalar(v) and device_of(v) not in (None, r.device)
+    }
     output = next(n for n in before.graph.nodes if n.op == "output")
     wanted |= {(v.name, "cpu") for v in output.all_input_nodes if device_of(v) not in (None, "cpu")}
     gm, _ = rewritten(captured(name, phase), TWO, Fold(), Place(rules), InsertCopies())  # type: ignore[arg-type]
@@ -56,10 +61,20 @@ def test_it_needs_a_placed_graph() -> None:
         rewritten(captured("deepseek_v3"), GPU, Fold(), InsertCopies())
 
 
+def test_a_page_pool_goes_where_its_attention_goes() -> None:
+    gm, ctx = rewritten(captured("deepseek_v3"), TWO, Fold(), Place({"*": "cpu"}))
+    moved = next(regions(gm, "layers.1.self_attn"))
+    moved.place("cpu:1")
+    InsertCopies().run(gm, ctx)
+    assert {device_of(n) for n in moved.inputs if n.meta.get("state")} == {"cpu:1"}
+
+
 def test_a_page_pool_never_crosses(golden: Golden) -> None:
     """A pass that moves attention and leaves its cache behind is told so."""
     gm, ctx = rewritten(captured("deepseek_v3"), TWO, Fold(), Place({"*": "cpu"}))
-    next(regions(gm, "layers.1.self_attn")).place("cpu:1")
+    moved = next(regions(gm, "layers.1.self_attn"))
+    moved.place("cpu:1")
+    next(n for n in moved.inputs if n.meta.get("state")).meta["device"] = "cpu"
     with pytest.raises(PassError) as error:
         InsertCopies().run(gm, ctx)
     golden("pool", f"{error.value}\n")

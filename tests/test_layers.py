@@ -1,23 +1,51 @@
 """Imports go one way. This file is the rule; `docs/` only repeats it."""
+
 import ast
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ("errors", "version", "target", "weights", "graph", "symbols", "ops", "kernel", "verify", "plan", "pipeline",
-         "capture", "cache", "tokenizer", "gguf_config", "checkpoint", "runtime", "load", "dynamo", "generate",
-         "engine", "serve", "cli")
+ORDER = (
+    "errors",
+    "version",
+    "target",
+    "weights",
+    "graph",
+    "folding",
+    "symbols",
+    "ops",
+    "kernel",
+    "verify",
+    "plan",
+    "pipeline",
+    "capture",
+    "cache",
+    "tokenizer",
+    "gguf_config",
+    "checkpoint",
+    "runtime",
+    "model",
+    "dynamo",
+    "generate",
+    "engine",
+    "serve",
+    "cli",
+)
 """A file imports only files before it. `__init__.py` is the facade, for passes, backends and users."""
 
 OWNERS = {
-    "transformers": {"capture", "cache", "checkpoint", "load", "tokenizer", "generate"},
+    "transformers": {"capture", "cache", "checkpoint", "model", "tokenizer", "generate"},
     "triton": {"backends.triton_mla"},
     "cffi": {"backends.native"},
     "ktcompile._native": {"backends.native"},
 }
-FILES = [p for folder in ("ktcompile", "passes", "backends") for p in sorted((ROOT / folder).rglob("*.py"))
-         if not {"passes", "backends", "rules"} & set(p.relative_to(ROOT / folder).parts)]
+FILES = [
+    p
+    for folder in ("ktcompile", "passes", "backends")
+    for p in sorted((ROOT / folder).rglob("*.py"))
+    if not {"passes", "backends", "rules"} & set(p.relative_to(ROOT / folder).parts)
+]
 IDS = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in FILES]
 
 
@@ -60,8 +88,19 @@ def test_foreign_packages_have_an_owner(path: Path, name: str) -> None:
                 assert name.removeprefix("ktcompile.") in owners, f"{path} imports {other}"
 
 
-PRIVATE = {"_dynamo", "_dynamo_source", "_inductor", "_functorch", "_subclasses", "_higher_order_ops", "_guards",
-           "_version", "_C", "_ops", "_prims"}
+PRIVATE = {
+    "_dynamo",
+    "_dynamo_source",
+    "_inductor",
+    "_functorch",
+    "_subclasses",
+    "_higher_order_ops",
+    "_guards",
+    "_version",
+    "_C",
+    "_ops",
+    "_prims",
+}
 
 
 @pytest.mark.parametrize(("path", "name"), list(zip(FILES, IDS, strict=True)), ids=IDS)
@@ -70,8 +109,11 @@ def test_private_torch_is_in_capture_alone(path: Path, name: str) -> None:
         return
     used = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
     used |= {part for i in imports(path) if i.split(".")[0] in ("torch", "transformers") for part in i.split(".")}
-    used |= {n.args[1].value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)
-             and getattr(n.func, "id", "") == "getattr" and isinstance(n.args[1], ast.Constant)}
+    used |= {
+        n.args[1].value
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "getattr" and isinstance(n.args[1], ast.Constant)
+    }
     assert not used & PRIVATE, f"{path} uses {used & PRIVATE}"
 
 

@@ -1,4 +1,5 @@
 """The native kernels: every instruction set that runs here, and AMX under an emulator, against float64."""
+
 import os
 import subprocess
 import sys
@@ -22,9 +23,12 @@ from ktcompile.backends import native
 TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33)
 DENSE_SHAPES = ((1, 1), (31, 33), (64, 96), (257, 130))
 SHAPES = {
-    "f32": DENSE_SHAPES, "bf16": DENSE_SHAPES,
-    "q8_0": ((32, 32), (96, 160), (1056, 64)), "q5_0": ((32, 32), (96, 160), (1056, 64)),
-    "q4_k": ((256, 256), (1280, 256)), "q6_k": ((256, 256), (1280, 256)),
+    "f32": DENSE_SHAPES,
+    "bf16": DENSE_SHAPES,
+    "q8_0": ((32, 32), (96, 160), (1056, 64)),
+    "q5_0": ((32, 32), (96, 160), (1056, 64)),
+    "q4_k": ((256, 256), (1280, 256)),
+    "q6_k": ((256, 256), (1280, 256)),
 }
 CASES = [(type, shape) for type, shapes in SHAPES.items() for shape in shapes]
 EXPERTS, TOP_K = 5, 3
@@ -133,9 +137,18 @@ def test_writes_stay_inside(pool, tokens, isa):
 
     def run(scratch_bytes: int) -> int:
         return lib.kt_moe_run(
-            pool._handle, weights._struct, number, tokens, TOP_K, native._pointer("float", x),
-            native._pointer("int64_t", ids), native._pointer("float", scores), native._pointer("float", inner_y),
-            native._pointer("void", inner_scratch), scratch_bytes)
+            pool._handle,
+            weights._struct,
+            number,
+            tokens,
+            TOP_K,
+            native._pointer("float", x),
+            native._pointer("int64_t", ids),
+            native._pointer("float", scores),
+            native._pointer("float", inner_y),
+            native._pointer("void", inner_scratch),
+            scratch_bytes,
+        )
 
     assert run(nbytes - 1) == lib.KT_SMALL_SCRATCH
     assert (y == 12345).all()
@@ -349,8 +362,13 @@ def test_amx_under_the_emulator(tmp_path):
     compiler = sysconfig.get_config_var("CC").split()[0]
     command = [compiler, "-O2", "-shared", "-fPIC", str(here / "amx_emu.c"), "-o", str(library), "-ldl", "-lm"]
     subprocess.run(command, check=True)
-    done = subprocess.run([sys.executable, str(here / "amx_run.py")], env=environment(LD_PRELOAD=str(library)),
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(here / "amx_run.py")],
+        env=environment(LD_PRELOAD=str(library)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "emulated" in done.stdout
     report.ran("amx", "emulated")

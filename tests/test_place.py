@@ -1,4 +1,5 @@
 """place: every region gets the device of the first rule that matches its module path."""
+
 import re
 from fnmatch import fnmatchcase
 

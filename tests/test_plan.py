@@ -1,4 +1,5 @@
 """Plan: text, difference, JSON and HTML of a two-layer model and of the embedded one."""
+
 import json
 import re
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from conftest import Golden
 
 from ktcompile.checkpoint import open_checkpoint
-from ktcompile.load import explain, settings_for
+from ktcompile.model import explain, settings_for
 from ktcompile.plan import JSON_VERSION, Plan, Row, group_notes, html_page, spans
 from ktcompile.target import fake
 
@@ -28,6 +29,7 @@ def embedded() -> list[Plan]:
 
 
 # ------------------------------------------------------------------------------------------------ text
+
 
 def test_text(tiny: list[Plan], golden: Golden) -> None:
     golden("text", tiny[-1].text())
@@ -67,6 +69,7 @@ def test_totals(embedded: list[Plan]) -> None:
 
 # ------------------------------------------------------------------------------------------------ differences
 
+
 def test_diff(tiny: list[Plan], golden: Golden) -> None:
     """What each pass changed, equal changes of several layers on one line."""
     golden("diff", "".join(f"# {b.after}\n{b.diff(a)}\n\n" for a, b in pairwise(tiny)))
@@ -91,12 +94,16 @@ def test_grouped_notes() -> None:
     """Notes that differ by layer alone are one."""
     notes = [("fold", f"L{i}.attn", "too wide") for i in (0, 1, 2, 4)]
     notes += [("fold", "L3.attn", "too long"), ("place", "", "off")]
-    assert list(group_notes(notes)) == [("fold", "L0-L2, L4 attn", "too wide"), ("fold", "L3 attn", "too long"),
-                                        ("place", "", "off")]
+    assert list(group_notes(notes)) == [
+        ("fold", "L0-L2, L4 attn", "too wide"),
+        ("fold", "L3 attn", "too long"),
+        ("place", "", "off"),
+    ]
     assert spans([5, 1, 2, 2, 3]) == "L1-L3, L5"
 
 
 # ------------------------------------------------------------------------------------------------ JSON
+
 
 def test_json(tiny: list[Plan], golden: Golden) -> None:
     """Plain data that survives a round trip, with every field of the plan and a version."""
@@ -189,6 +196,7 @@ def test_html_escapes(tiny: list[Plan]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the machine
+
 
 def test_two_pages_of_one_machine(embedded: list[Plan]) -> None:
     """Prefill and decode hold the same bytes: they are two plans of one store."""

@@ -1,4 +1,5 @@
 """A pass from somebody else's package: installed, found by name, used from a rules file, and on the page."""
+
 import os
 import shutil
 import subprocess
@@ -32,11 +33,34 @@ pipeline:
 def test_an_installed_pass_is_used_by_name(tmp_path: Path, golden: Golden) -> None:
     source, target, rules = tmp_path / "plugin", tmp_path / "site", tmp_path / "rules.yaml"
     shutil.copytree(HERE / "plugin", source)  # a build leaves files behind
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
-                    "--no-index", "--disable-pip-version-check", "--target", target, source], check=True, timeout=120)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "--disable-pip-version-check",
+            "--target",
+            target,
+            source,
+        ],
+        check=True,
+        timeout=120,
+    )
     rules.write_text(_RULES)
-    done = subprocess.run([sys.executable, "-c", _PAGE, rules], cwd=HERE, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(target)}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _PAGE, rules],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     golden("hot_layers", done.stdout)
 
@@ -51,12 +75,15 @@ def broken(tmp_path: Path, code: str) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("code", "why"), [
-    ("import a_module_that_is_not_there\n", "No module named 'a_module_that_is_not_there'"),
-    ("x = 1\n", "has no attribute 'Broken'"),
-    ("raise RuntimeError('no licence')\n", "no licence"),
-    ("def (\n", "invalid syntax"),
-])
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("import a_module_that_is_not_there\n", "No module named 'a_module_that_is_not_there'"),
+        ("x = 1\n", "has no attribute 'Broken'"),
+        ("raise RuntimeError('no licence')\n", "no licence"),
+        ("def (\n", "invalid syntax"),
+    ],
+)
 def test_a_broken_plugin_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, why: str) -> None:
     monkeypatch.syspath_prepend(broken(tmp_path, code))
     monkeypatch.delitem(sys.modules, "kt_broken_pass", raising=False)

@@ -1,4 +1,5 @@
 """For every model and every placement: the rewritten graph computes the same, and the plan tells the truth."""
+
 import os
 import subprocess
 import sys
@@ -94,8 +95,12 @@ def shape_of(gm: fx.GraphModule) -> list[str]:
 @given(data=st.data(), name=models, ranking=st.sampled_from(("choice", "weight")))
 @settings(max_examples=10)
 def test_every_pass_is_idempotent(data: st.DataObject, name: str, ranking: str) -> None:
-    passes: Sequence[Pass] = (PruneExperts(1, ranking), Place(data.draw(placements(name))), InsertCopies(),  # type: ignore[arg-type]
-                              ChooseKernels(moe=("scalar", "reference")))
+    passes: Sequence[Pass] = (
+        PruneExperts(1, ranking),
+        Place(data.draw(placements(name))),
+        InsertCopies(),  # type: ignore[arg-type]
+        ChooseKernels(moe=("scalar", "reference")),
+    )
     gm, ctx = rewritten(captured(name), TWO, Fold())
     for p in passes:
         gm = p.run(gm, ctx)
@@ -103,10 +108,13 @@ def test_every_pass_is_idempotent(data: st.DataObject, name: str, ranking: str) 
         assert shape_of(p.run(gm, Context(TWO))) == once, p.name
 
 
-@given(keep=st.none() | st.integers(1, 9), ranking=st.sampled_from(("choice", "weight")),
-       rules=st.dictionaries(st.text(min_size=1), st.text(), max_size=4),
-       lists=st.lists(st.lists(st.text(), max_size=3).map(tuple), min_size=3, max_size=3),
-       ops=st.dictionaries(st.text(min_size=1), st.lists(st.text(), max_size=2).map(tuple), max_size=2))
+@given(
+    keep=st.none() | st.integers(1, 9),
+    ranking=st.sampled_from(("choice", "weight")),
+    rules=st.dictionaries(st.text(min_size=1), st.text(), max_size=4),
+    lists=st.lists(st.lists(st.text(), max_size=3).map(tuple), min_size=3, max_size=3),
+    ops=st.dictionaries(st.text(min_size=1), st.lists(st.text(), max_size=2).map(tuple), max_size=2),
+)
 def test_a_dumped_pipeline_loads_as_itself(keep, ranking, rules, lists, ops) -> None:  # type: ignore[no-untyped-def]
     pipeline = Pipeline((Fold(), PruneExperts(keep, ranking), Place(rules), InsertCopies(), ChooseKernels(*lists, ops)))
     assert parse_rules(pipeline.dump(), "dump.yaml") == pipeline
@@ -139,9 +147,19 @@ for page in plan("deepseek_v3", GPU, *placed({"*.experts": "cpu", "*": "gpu"}), 
 
 
 def test_pages_do_not_depend_on_hash_order() -> None:
-    runs = [subprocess.Popen([sys.executable, "-c", _PAGE], stdout=subprocess.PIPE, cwd=Path(__file__).parent,
-                             env={**os.environ, "PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PAGE],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parent,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        for seed in ("1", "2")
+    ]
     pages = [r.communicate(timeout=120)[0].decode() for r in runs]
     assert [r.returncode for r in runs] == [0, 0]
-    assert pages[0] == pages[1] == "".join(p.text() for p in plan("deepseek_v3", GPU, *placed(
-        {"*.experts": "cpu", "*": "gpu"}), every=True))
+    assert (
+        pages[0]
+        == pages[1]
+        == "".join(p.text() for p in plan("deepseek_v3", GPU, *placed({"*.experts": "cpu", "*": "gpu"}), every=True))
+    )

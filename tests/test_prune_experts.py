@@ -1,4 +1,5 @@
 """prune-experts: fewer experts a token than the model was trained with, chosen in one of two ways."""
+
 from copy import deepcopy
 
 import pytest
@@ -55,8 +56,9 @@ def with_top_k_of(name: str) -> int:
     return int(real(name).config.num_experts_per_tok)
 
 
-@given(name=st.sampled_from(FAMILIES), phase=phases, ranking=st.sampled_from(("choice", "weight")),
-       more=st.integers(0, 2))
+@given(
+    name=st.sampled_from(FAMILIES), phase=phases, ranking=st.sampled_from(("choice", "weight")), more=st.integers(0, 2)
+)
 def test_keeping_all_prunes_nothing(name: str, phase: str, ranking: str, more: int) -> None:
     plain = captured_plain(name, phase)  # type: ignore[arg-type]
     gm, ctx = rewritten(plain.gm, TWO, Fold(), PruneExperts(with_top_k_of(name) + more, ranking))  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
 """Rules files: whatever is not exactly right is a RulesError with file:line, and never anything else."""
+
 import re
 import time
 from pathlib import Path
@@ -67,19 +68,24 @@ def refused(text: str) -> str:
 
 def test_what_only_the_model_can_tell(golden: Golden) -> None:
     rules = "extends: base\npipeline:\n  - place:\n      rules:\n        {}\n        '*': gpu\n"
-    golden("against_the_model", "".join((
-        refused(rules.format("'*.mlp.expert': cpu")),
-        refused(rules.format("'layers.{7..9}.mlp.experts': cpu")),
-        refused(rules.format("'*.experts': cuda:1")),
-        refused(rules.format("'*.experts': cpu0")),
-        refused("extends: base\npipeline:\n  - prune-experts:\n      ranking: weight\n      keep: 0\n"),
-        refused("extends: base\npipeline:\n  - choose-kernels:\n      mla: [reference]\n      moe: [avx]\n"),
-        refused("pipeline:\n  - fold\n  - insert-copies\n"),
-    )))
+    golden(
+        "against_the_model",
+        "".join(
+            (
+                refused(rules.format("'*.mlp.expert': cpu")),
+                refused(rules.format("'layers.{7..9}.mlp.experts': cpu")),
+                refused(rules.format("'*.experts': cuda:1")),
+                refused(rules.format("'*.experts': cpu0")),
+                refused("extends: base\npipeline:\n  - prune-experts:\n      ranking: weight\n      keep: 0\n"),
+                refused("extends: base\npipeline:\n  - choose-kernels:\n      mla: [reference]\n      moe: [avx]\n"),
+                refused("pipeline:\n  - fold\n  - insert-copies\n"),
+            )
+        ),
+    )
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(RulesError, match=r"cannot read rules 'nowhere.yaml'"):
+    with pytest.raises(RulesError, match=r"cannot read rules './nowhere.yaml'"):
         load_rules("./nowhere.yaml")
     with pytest.raises(RulesError, match="no rules 'bsae'; did you mean 'base'"):
         load_rules("bsae")
@@ -99,18 +105,23 @@ def test_a_file_of_another_encoding(tmp_path: Path) -> None:
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{c}: &{c} [{','.join([f'*{chr(ord(c) - 1)}'] * 9)}]\n" for c in "bcdefghijk")
+    f"{c}: &{c} [{','.join([f'*{chr(ord(c) - 1)}'] * 9)}]\n" for c in "bcdefghijk"
+)
 
 
-@pytest.mark.parametrize("text", [
-    BOMB,
-    "pipeline:\n  - choose-kernels:\n      ops:\n" + "".join(f"        {line}\n" for line in BOMB.splitlines()),
-    "pipeline: " + "[" * 5000,
-    "pipeline: " + "[" * 900 + "]" * 900 + "\n",
-    "pipeline: &p [*p]\n",
-    "pipeline:\n  - place: &p\n      rules: *p\n",
-    "pipeline:\n  - choose-kernels: {moe: &m [*m]}\n",
-], ids=["outside", "inside", "deep", "nested", "itself", "rules of itself", "list of itself"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        "pipeline:\n  - choose-kernels:\n      ops:\n" + "".join(f"        {line}\n" for line in BOMB.splitlines()),
+        "pipeline: " + "[" * 5000,
+        "pipeline: " + "[" * 900 + "]" * 900 + "\n",
+        "pipeline: &p [*p]\n",
+        "pipeline:\n  - place: &p\n      rules: *p\n",
+        "pipeline:\n  - choose-kernels: {moe: &m [*m]}\n",
+    ],
+    ids=["outside", "inside", "deep", "nested", "itself", "rules of itself", "list of itself"],
+)
 def test_bombs_end_quickly(text: str) -> None:
     start = time.perf_counter()
     error_of(text)

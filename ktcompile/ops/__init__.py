@@ -3,7 +3,8 @@
 `bind` decides once what a captured module call means, from its class, weights and shapes. When unsure it says why and
 the region keeps its captured body.
 """
-from ktcompile.graph import Site
+
+from ktcompile.folding import Site
 from ktcompile.ops import mla, moe, plain, router
 from ktcompile.ops.base import Binding, Bound, Op
 

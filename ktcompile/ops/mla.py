@@ -12,6 +12,7 @@ padding: they are not stored, and attend to nothing (zeros).
 All arithmetic is float32, nothing is read back to the host, and every device works. Kernels are compared with this
 file. Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1) and `DeepseekV3Attention` in Hugging Face transformers.
 """
+
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from ktcompile.graph import Site, argument, value_of
+from ktcompile.folding import Site
+from ktcompile.graph import argument, value_of
 from ktcompile.ops.base import LIBRARY, Binding, Bound, Op, calls, roles_of
 
 
@@ -151,18 +153,33 @@ def mla_reference(
     return linear(values.reshape(tokens, -1), "o_proj").view(hidden.shape).to(hidden.dtype)
 
 
-def _mla(hidden: Tensor, cos: Tensor, sin: Tensor, pool: Tensor, page_table: Tensor, seq_len: Tensor,
-         query_start: Tensor, weights: list[Tensor], names: list[str], sizes: list[int], scale: float,
-         interleaved: bool, eps: float) -> Tensor:
+def _mla(
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pool: Tensor,
+    page_table: Tensor,
+    seq_len: Tensor,
+    query_start: Tensor,
+    weights: list[Tensor],
+    names: list[str],
+    sizes: list[int],
+    scale: float,
+    interleaved: bool,
+    eps: float,
+) -> Tensor:
     heads, nope, rope, v, lora = sizes
     shape = MLAShape(heads, nope, rope, v, lora, scale, interleaved, eps)
-    return mla_reference(hidden, cos, sin, dict(zip(names, weights, strict=True)), shape, pool, page_table, seq_len,
-                         query_start)
+    return mla_reference(
+        hidden, cos, sin, dict(zip(names, weights, strict=True)), shape, pool, page_table, seq_len, query_start
+    )
 
 
-LIBRARY.define("mla(Tensor hidden, Tensor cos, Tensor sin, Tensor(a!) pool, Tensor page_table, Tensor seq_len, "
-               "Tensor query_start, Tensor[] weights, str[] names, int[] sizes, float scale, bool interleaved, "
-               "float eps) -> Tensor")
+LIBRARY.define(
+    "mla(Tensor hidden, Tensor cos, Tensor sin, Tensor(a!) pool, Tensor page_table, Tensor seq_len, "
+    "Tensor query_start, Tensor[] weights, str[] names, int[] sizes, float scale, bool interleaved, "
+    "float eps) -> Tensor"
+)
 LIBRARY.impl("mla", _mla, "CompositeExplicitAutograd")
 torch.library.register_fake("ktrans::mla", lambda hidden, *_: torch.empty_like(hidden), lib=LIBRARY)
 
@@ -192,8 +209,10 @@ def _bind(site: Site) -> Bound | None:
         return no(f"its weights are {', '.join(sorted(have))}")
     appends = [n for n in site.nodes if calls(n, "cache_append")]
     if len(appends) != 1:
-        return no("it does not write a PagedCache (kernels need its pages; DynamicCache and StaticCache hand keys "
-                  "and values out)")
+        return no(
+            "it does not write a PagedCache (kernels need its pages; DynamicCache and StaticCache hand keys "
+            "and values out)"
+        )
     if len(site.outputs) != 1:
         return no(f"{len(site.outputs)} of its values are read outside, wanted 1")
     pool, page_table, seq_len, query_start = (argument(appends[0], i) for i in range(4))
@@ -220,8 +239,16 @@ def _bind(site: Site) -> Bound | None:
     shape = _shape(site, attends[0])
     if shape is None:
         return no("no epsilon of its norms was found")
-    roles = roles_of(site, hidden=hidden, cos=cos, sin=sin, pool=pool, page_table=page_table, seq_len=seq_len,
-                     query_start=query_start)
+    roles = roles_of(
+        site,
+        hidden=hidden,
+        cos=cos,
+        sin=sin,
+        pool=pool,
+        page_table=page_table,
+        seq_len=seq_len,
+        query_start=query_start,
+    )
     return Bound("mla", Binding(roles, shape))
 
 
@@ -237,8 +264,16 @@ def _shape(site: Site, attend: fx.Node) -> MLAShape | None:
     if not eps:
         return None
     interleaved = any(_parts_pairs(n) for n in site.nodes)
-    return MLAShape(heads, nope, rope, value, lora, float(scale) if isinstance(scale, (int, float)) else float(query[3]) ** -0.5,
-                    interleaved, float(eps[0]))
+    return MLAShape(
+        heads,
+        nope,
+        rope,
+        value,
+        lora,
+        float(scale) if isinstance(scale, (int, float)) else float(query[3]) ** -0.5,
+        interleaved,
+        float(eps[0]),
+    )
 
 
 def _parts_pairs(node: fx.Node) -> bool:
@@ -253,11 +288,27 @@ def _define(binding: Binding, leaves: tuple[str, ...]) -> fx.Graph:
     graph, s = fx.Graph(), binding.shape
     inputs = [graph.placeholder(r) for r in OP.roles]
     weights = [graph.placeholder(leaf.replace(".", "_")) for leaf in leaves]
-    graph.output(graph.call_function(torch.ops.ktrans.mla.default, (
-        *inputs, weights, [role(leaf) for leaf in leaves], [s.heads, s.nope, s.rope, s.v, s.lora], s.scale,
-        s.interleaved, s.eps)))
+    graph.output(
+        graph.call_function(
+            torch.ops.ktrans.mla.default,
+            (
+                *inputs,
+                weights,
+                [role(leaf) for leaf in leaves],
+                [s.heads, s.nope, s.rope, s.v, s.lora],
+                s.scale,
+                s.interleaved,
+                s.eps,
+            ),
+        )
+    )
     return graph
 
 
-OP = Op("mla", _bind, "multi-head latent attention over a paged latent cache",
-        ("hidden", "cos", "sin", "pool", "page_table", "seq_len", "query_start"), _define)
+OP = Op(
+    "mla",
+    _bind,
+    "multi-head latent attention over a paged latent cache",
+    ("hidden", "cos", "sin", "pool", "page_table", "seq_len", "query_start"),
+    _define,
+)

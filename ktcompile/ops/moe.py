@@ -4,6 +4,7 @@
 
 Weights are fused as Hugging Face holds them: `gate_up_proj [E, 2 I, H]`, gate first, and `down_proj [E, H, I]`.
 """
+
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from ktcompile.graph import Site, value_of
+from ktcompile.folding import Site
+from ktcompile.graph import value_of
 from ktcompile.ops.base import LIBRARY, Binding, Bound, Op, activation_of, calls, roles_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -34,7 +36,7 @@ class MoeShape:
 
 
 def moe(x: Tensor, ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
-    """The definition. `x [..., H]`, `ids` and `scores [T, k]`; weights in any float type; returns `x`'s shape and type."""
+    """The definition. `x [..., H]`, `ids` and `scores [T, k]`; weights of any float type; result like `x`."""
     rows = x.reshape(-1, x.shape[-1])  # [T, H]
     act = ACTIVATIONS[activation]
     out = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
@@ -55,15 +57,21 @@ def _bind(site: Site) -> Bound | None:
     if not site.cls.endswith("Experts"):
         return None
     if not {"gate_up_proj", "down_proj"} <= set(site.weights):
-        return Bound("experts", why=f"not moe: its weights are {', '.join(sorted(site.weights))}; "
-                                    "wanted gate_up_proj and down_proj (is this the `eager` experts implementation?)")
+        return Bound(
+            "experts",
+            why=f"not moe: its weights are {', '.join(sorted(site.weights))}; "
+            "wanted gate_up_proj and down_proj (is this the `eager` experts implementation?)",
+        )
     if extra := set(site.weights) - {"gate_up_proj", "down_proj"}:
         return Bound("experts", why=f"not moe: no kernel knows experts with {', '.join(sorted(extra))}")
     gate_up, down = (value_of(site.weights[n]) for n in ("gate_up_proj", "down_proj"))
     experts, width2, hidden = gate_up.shape
     if tuple(down.shape) != (experts, hidden, width2 // 2):
-        return Bound("experts", why=f"not moe: gate_up_proj {list(gate_up.shape)} and down_proj {list(down.shape)} "
-                                    "are not [E, 2 I, H] and [E, H, I]")
+        return Bound(
+            "experts",
+            why=f"not moe: gate_up_proj {list(gate_up.shape)} and down_proj {list(down.shape)} "
+            "are not [E, 2 I, H] and [E, H, I]",
+        )
     ids = [n for n in site.tensors if not value_of(n).dtype.is_floating_point]
     scores = [n for n in site.tensors if n not in ids and ids and value_of(n).shape == value_of(ids[0]).shape]
     hidden_in = [n for n in site.tensors if n not in ids and n not in scores]
@@ -87,16 +95,26 @@ def _gates_plainly(site: Site) -> bool:
         return False
     halves = gate.args[0]
     up = next((a for a in users[0].all_input_nodes if a is not act), None)
-    return (users[0].target is operator.mul and isinstance(halves, fx.Node) and halves.target == "chunk"
-            and up is not None and up.target is operator.getitem and up.args == (halves, 1))
+    return (
+        users[0].target is operator.mul
+        and isinstance(halves, fx.Node)
+        and halves.target == "chunk"
+        and up is not None
+        and up.target is operator.getitem
+        and up.args == (halves, 1)
+    )
 
 
 def _define(binding: Binding, leaves: tuple[str, ...]) -> fx.Graph:
     graph = fx.Graph()
     x, ids, scores = (graph.placeholder(role) for role in OP.roles)
     weights = {leaf: graph.placeholder(leaf) for leaf in leaves}
-    graph.output(graph.call_function(torch.ops.ktrans.moe.default, (
-        x, ids, scores, weights["gate_up_proj"], weights["down_proj"], binding.shape.activation)))
+    graph.output(
+        graph.call_function(
+            torch.ops.ktrans.moe.default,
+            (x, ids, scores, weights["gate_up_proj"], weights["down_proj"], binding.shape.activation),
+        )
+    )
     return graph
 
 

@@ -1,5 +1,6 @@
 """Ops that run from their captured body until a kernel knows better: norm, linear, embed, rope, mlp, attention."""
-from ktcompile.graph import Site
+
+from ktcompile.folding import Site
 from ktcompile.ops.base import Binding, Bound, Op, activation_of, roles_of
 
 

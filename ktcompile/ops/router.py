@@ -1,17 +1,19 @@
 """router: hidden states to the top-k experts of every token: scores `[T, k]` and ids `[T, k]`."""
+
 import operator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from ktcompile.graph import Site, value_of
+from ktcompile.folding import Site
+from ktcompile.graph import value_of
 from ktcompile.ops.base import Binding, Bound, Op, roles_of
 
 
 @dataclass(frozen=True)
 class RouterShape:
-    """Attributes of a router: `scores` and `ids` are positions in its outputs; `normalised`: scores add up to a constant."""
+    """Attributes of a router; `scores` and `ids` are positions in its outputs, `normalised`: scores have one sum."""
 
     experts: int
     top_k: int

@@ -1,4 +1,5 @@
 """Weights that one does not have: shapes from a configuration, an encoding by name. For plans."""
+
 import math
 from collections.abc import Iterable, Mapping
 
@@ -40,8 +41,10 @@ class ImaginedSource:
             return (self._part(key, shape, everywhere(shape)),)
         experts, both, hidden = shape  # gate and up are tensors of their own, as in every file
         half = (experts, both // 2, hidden)
-        return tuple(self._part(f"{key}.{name}", half, (slice(0, experts), slice(at, at + both // 2), slice(0, hidden)))
-                     for name, at in (("gate", 0), ("up", both // 2)))
+        return tuple(
+            self._part(f"{key}.{name}", half, (slice(0, experts), slice(at, at + both // 2), slice(0, hidden)))
+            for name, at in (("gate", 0), ("up", both // 2))
+        )
 
     def read(self, part: Part) -> Tensor:
         raise ModelFileError(f"{part.name} has no bytes: this model is a configuration only")
@@ -57,7 +60,9 @@ class ImaginedSource:
             return Part(name, TensorSpec(shape, dtype, encoding, count * size), where)
         if encoding == "fp8_block128":
             blocks = math.prod(shape[:-2]) * math.ceil(shape[-2] / 128) * math.ceil(shape[-1] / 128)
-            return Part(name, TensorSpec(shape, torch.float32, encoding, count + 4 * blocks), where, scale=f"{name}_scale_inv")
+            return Part(
+                name, TensorSpec(shape, torch.float32, encoding, count + 4 * blocks), where, scale=f"{name}_scale_inv"
+            )
         block = ggml.BY_NAME[encoding]
         nbytes = count // shape[-1] * block.row_bytes(shape[-1])
         return Part(name, TensorSpec(shape, torch.float32, encoding, nbytes), where)
@@ -73,7 +78,9 @@ class ImaginedSource:
         wanted = self._encoding
         if wanted == "q4_k_m":
             wanted = "q6_k" if "lm_head" in name or ("down_proj" in name and self._more_bits(name)) else "q4_k"
-        return wanted if shape[-1] % ggml.BY_NAME[wanted].block_values == 0 else "q8_0" if shape[-1] % 32 == 0 else "bf16"
+        return (
+            wanted if shape[-1] % ggml.BY_NAME[wanted].block_values == 0 else "q8_0" if shape[-1] % 32 == 0 else "bf16"
+        )
 
     def _more_bits(self, name: str) -> bool:
         """llama.cpp's choice for Q4_K_M: the first and last eighth of the layers, and every third between."""

@@ -1,4 +1,5 @@
 """Runs the AMX kernel under the emulator (LD_PRELOAD) against float64: a plain script, as pytest takes SIGILL over."""
+
 import ctypes
 
 import torch

@@ -1,4 +1,5 @@
 """Routed experts in float64, random weights of every storage type, and routings, to test the kernels against."""
+
 from dataclasses import dataclass
 
 import gguf
@@ -12,7 +13,7 @@ from ktcompile.backends import native
 GGML = {"q8_0": "Q8_0", "q5_0": "Q5_0", "q4_k": "Q4_K", "q6_k": "Q6_K"}
 ROUTINGS = ("random", "one expert", "some experts unused")
 HALF_FIELDS = {"q8_0": (0,), "q5_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}  # byte offsets of float16 fields of a block
-HALF_SCALE = {"q8_0": 1e-3, "q5_0": 6e-3, "q4_k": 2e-4, "q6_k": 6e-5}       # makes weights of about 0.1
+HALF_SCALE = {"q8_0": 1e-3, "q5_0": 6e-3, "q4_k": 2e-4, "q6_k": 6e-5}  # makes weights of about 0.1
 
 
 def random_raw(type: str, rows: int, cols: int, rng: np.random.Generator, positive: bool = False) -> Tensor:
@@ -66,15 +67,24 @@ class Layer:
 
 
 def layer(
-    types: tuple[str, str, str], experts: int, hidden: int, width: int, activation: str = "silu", seed: int = 0,
+    types: tuple[str, str, str],
+    experts: int,
+    hidden: int,
+    width: int,
+    activation: str = "silu",
+    seed: int = 0,
     positive: bool = False,
 ) -> Layer:
     rng = np.random.default_rng(seed)
     shapes = ((width, hidden), (width, hidden), (hidden, width))
-    raw = [torch.stack([random_raw(type, *shape, rng, positive) for _ in range(experts)])
-           for type, shape in zip(types, shapes, strict=True)]
-    exact = [torch.stack([values(row, type, *shape) for row in matrix])
-             for matrix, type, shape in zip(raw, types, shapes, strict=True)]
+    raw = [
+        torch.stack([random_raw(type, *shape, rng, positive) for _ in range(experts)])
+        for type, shape in zip(types, shapes, strict=True)
+    ]
+    exact = [
+        torch.stack([values(row, type, *shape) for row in matrix])
+        for matrix, type, shape in zip(raw, types, shapes, strict=True)
+    ]
     return Layer(native.MoeWeights(experts, hidden, width, activation, *raw, *types), *exact)
 
 

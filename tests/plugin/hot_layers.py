@@ -1,4 +1,5 @@
 """hot-layers: the experts of the first layers move to a device while a budget lasts."""
+
 from dataclasses import dataclass
 
 from torch.fx import GraphModule

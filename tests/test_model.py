@@ -1,4 +1,5 @@
 """`ktcompile.load` end to end, against results of transformers and llama.cpp (tests/data/expected.json)."""
+
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from ktcompile import CapacityError, KtransError, ModelFileError, RulesError
 from ktcompile.checkpoint import open_checkpoint
-from ktcompile.load import load
+from ktcompile.model import load
 from ktcompile.runtime import Executable, Store
 from ktcompile.target import cpu_features
 
@@ -80,7 +81,7 @@ def row(ids: Sequence[int]) -> Tensor:
 def greedy(model: PreTrainedModel, ids: Sequence[int]) -> list[int]:
     """Up to 64 new tokens, the end token kept."""
     out = model.generate(row(ids), max_new_tokens=64, do_sample=False, eos_token_id=EOS)
-    return out[0, len(ids):].tolist()  # type: ignore[no-any-return]
+    return out[0, len(ids) :].tolist()  # type: ignore[no-any-return]
 
 
 def forced(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
@@ -99,7 +100,7 @@ def chunks(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     finally:
         backend.encode_special_tokens = False
     assert len(tokens) == EXPECTED["heldout"]["tokens_with_bos"]
-    cut = [[BOS, *tokens[i + 1:i + 512]] for i in range(0, len(tokens) - 511, 512)]
+    cut = [[BOS, *tokens[i + 1 : i + 512]] for i in range(0, len(tokens) - 511, 512)]
     assert len(cut) == EXPECTED["heldout"]["chunks"]
     return cut
 
@@ -116,11 +117,16 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> fl
 
 # ------------------------------------------------------------------------------------------------ right answers
 
+
 def test_paris(gguf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}],
-                                        add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=False,
+    )
     out = gguf.generate(ids, max_new_tokens=20, do_sample=False)
-    assert tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True) == "The capital of France is Paris."
+    assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == "The capital of France is Paris."
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -163,16 +169,29 @@ def test_bf16() -> None:
     """In bf16 experts run on the best unit that this CPU has; log-probabilities stay near those of fp32."""
     model = load(DATA / "tiny-deepseek-v3", dtype="bf16")
     have = cpu_features()
-    best = next(k for k, needs in (("amx", {"amx_bf16", "avx512bw"}), ("avx512_bf16", {"avx512_bf16", "avx512bw"}),
-                                   ("avx512", {"avx512bw", "avx512vl"}), ("avx2", {"avx2", "fma"}), ("scalar", set()))
-                if needs <= have)
+    best = next(
+        k
+        for k, needs in (
+            ("amx", {"amx_bf16", "avx512bw"}),
+            ("avx512_bf16", {"avx512_bf16", "avx512bw"}),
+            ("avx512", {"avx512bw", "avx512vl"}),
+            ("avx2", {"avx2", "fma"}),
+            ("scalar", set()),
+        )
+        if needs <= have
+    )
     assert {r.kernel for plan in model.plans.values() for r in plan.rows if r.op == "moe"} == {best}
-    off = torch.cat([forced(model, ids, FP8["greedy"][name]["tokens"]) - torch.tensor(FP8["greedy"][name]["logprobs"])
-                     for name, ids in PROMPTS.items()])
+    off = torch.cat(
+        [
+            forced(model, ids, FP8["greedy"][name]["tokens"]) - torch.tensor(FP8["greedy"][name]["logprobs"])
+            for name, ids in PROMPTS.items()
+        ]
+    )
     assert off.abs().mean() < 0.05
 
 
 # ------------------------------------------------------------------------------------------------ every way to call
+
 
 def test_padded_batch(gguf: PreTrainedModel, calls: list[str]) -> None:
     """Three prompts of other lengths, left-padded, as three conversations of their own."""
@@ -182,7 +201,7 @@ def test_padded_batch(gguf: PreTrainedModel, calls: list[str]) -> None:
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     out = gguf.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, eos_token_id=None)
     assert len(calls) == 24
-    alone = [gguf.generate(row(p), max_new_tokens=24, do_sample=False, eos_token_id=None)[0, len(p):] for p in prompts]
+    alone = [gguf.generate(row(p), max_new_tokens=24, do_sample=False, eos_token_id=None)[0, len(p) :] for p in prompts]
     assert torch.equal(out[:, width:], torch.stack(alone))
 
 
@@ -190,8 +209,10 @@ def test_right_padding(gguf: PreTrainedModel) -> None:
     """Logits at real tokens do not depend on the side of the padding."""
     ids = PROMPTS["chat_story"]
     wanted = gguf(row(ids)).logits
-    padded = gguf(torch.tensor([ids + [2] * 3, [2] * 3 + ids]),
-                  attention_mask=torch.tensor([[1] * len(ids) + [0] * 3, [0] * 3 + [1] * len(ids)])).logits
+    padded = gguf(
+        torch.tensor([ids + [2] * 3, [2] * 3 + ids]),
+        attention_mask=torch.tensor([[1] * len(ids) + [0] * 3, [0] * 3 + [1] * len(ids)]),
+    ).logits
     torch.testing.assert_close(padded[0, :-3], wanted[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(padded[1, 3:], wanted[0], rtol=0, atol=1e-4)
 
@@ -237,7 +258,7 @@ def test_compiled_again(gguf: PreTrainedModel, calls: list[str]) -> None:
     calls.clear()
     out = again.generate(ids, max_new_tokens=5, do_sample=False)
     assert calls == ["prefill", *["decode"] * 4]
-    assert out[0, ids.shape[1]:].tolist() == LLAMA["greedy"]["chat_story"]["tokens"][:5]
+    assert out[0, ids.shape[1] :].tolist() == LLAMA["greedy"]["chat_story"]["tokens"][:5]
 
 
 def test_sampling(gguf: PreTrainedModel) -> None:
@@ -261,12 +282,13 @@ def test_two_conversations(gguf: PreTrainedModel) -> None:
     for step in range(max(map(len, prompts))):
         for p, cache, last in zip(prompts, caches, wanted, strict=True):
             if step < len(p):
-                got = gguf(row(p[step:step + 1]), past_key_values=cache).logits[0, -1]
+                got = gguf(row(p[step : step + 1]), past_key_values=cache).logits[0, -1]
             if step == len(p) - 1:
                 torch.testing.assert_close(got, last, rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ memory and refusals
+
 
 def test_bytes(gguf: PreTrainedModel, fp8: PreTrainedModel) -> None:
     """What a plan says is what is held on each device, to the byte."""
@@ -308,13 +330,16 @@ def test_foreign_cache(gguf: PreTrainedModel) -> None:
         gguf(ids, past_key_values=full)
 
 
-@pytest.mark.parametrize(("given", "told"), [
-    ({"inputs_embeds": torch.zeros(1, 2, 256)}, "got inputs_embeds"),
-    ({"input_ids": torch.zeros(1, 2, dtype=torch.int64), "output_attentions": True}, "got output_attentions"),
-    ({"input_ids": torch.zeros(1, 2, dtype=torch.int64), "labels": torch.zeros(1, 2)}, "got labels"),
-    ({}, "no input_ids"),
-    ({"input_ids": row([1, 2]), "attention_mask": torch.ones(1, 1, 2, 2)}, r"\[batch, tokens\]"),
-])
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"inputs_embeds": torch.zeros(1, 2, 256)}, "got inputs_embeds"),
+        ({"input_ids": torch.zeros(1, 2, dtype=torch.int64), "output_attentions": True}, "got output_attentions"),
+        ({"input_ids": torch.zeros(1, 2, dtype=torch.int64), "labels": torch.zeros(1, 2)}, "got labels"),
+        ({}, "no input_ids"),
+        ({"input_ids": row([1, 2]), "attention_mask": torch.ones(1, 1, 2, 2)}, r"\[batch, tokens\]"),
+    ],
+)
 def test_wrong_arguments(gguf: PreTrainedModel, given: dict[str, Any], told: str) -> None:
     with pytest.raises(KtransError, match=told):
         gguf(**given)
@@ -325,17 +350,20 @@ def test_wrong_batch(gguf: PreTrainedModel) -> None:
         gguf(row([1, 2]), past_key_values=gguf.new_cache(2))
 
 
-@pytest.mark.parametrize(("call", "kind", "told"), [
-    (lambda: load("/nowhere"), ModelFileError, "/nowhere"),
-    (lambda: load(DATA / "deepseek-v3-671b"), RulesError, "no weights"),
-    (lambda: load(dtype="fp16"), RulesError, "fp16"),
-    (lambda: load(context=0), RulesError, "context 0"),
-    (lambda: load(context=10**9), RulesError, "context 1000000000"),
-    (lambda: load(experts=0), RulesError, "keep = 0"),
-    (lambda: load(experts=6, ranking="wait"), RulesError, "wait"),
-    (lambda: load(ranking="weight"), RulesError, "ranking"),
-    (lambda: load(rules="deepseek"), RulesError, "deepseek-v3"),
-])
+@pytest.mark.parametrize(
+    ("call", "kind", "told"),
+    [
+        (lambda: load("/nowhere"), ModelFileError, "/nowhere"),
+        (lambda: load(DATA / "deepseek-v3-671b"), RulesError, "no weights"),
+        (lambda: load(dtype="fp16"), RulesError, "fp16"),
+        (lambda: load(context=0), RulesError, "context 0"),
+        (lambda: load(context=10**9), RulesError, "context 1000000000"),
+        (lambda: load(experts=0), RulesError, "keep = 0"),
+        (lambda: load(experts=6, ranking="wait"), RulesError, "wait"),
+        (lambda: load(ranking="weight"), RulesError, "ranking"),
+        (lambda: load(rules="deepseek"), RulesError, "deepseek-v3"),
+    ],
+)
 def test_wrong_load(call: Callable[[], Any], kind: type[Exception], told: str) -> None:
     with pytest.raises(kind, match=told):
         call()

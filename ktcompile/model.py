@@ -1,4 +1,5 @@
 """From a model file to a compiled model, and to its plan without one."""
+
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,8 +40,12 @@ def default_rules(config: PretrainedConfig) -> str:
     return name if name in shipped() else "base"
 
 
-def pipeline_for(config: PretrainedConfig | None, rules: str | Path | None = None, experts: int | None = None,
-                 ranking: str | None = None) -> Pipeline:
+def pipeline_for(
+    config: PretrainedConfig | None,
+    rules: str | Path | None = None,
+    experts: int | None = None,
+    ranking: str | None = None,
+) -> Pipeline:
     """The pipeline to run: the rules file, or the family's, with `prune-experts` if fewer `experts` are asked for."""
     pipeline = load_rules(rules or (default_rules(config) if config else "base"))
     if experts is None and ranking is not None:
@@ -61,10 +66,17 @@ class Settings:
     context: int
 
 
-def settings_for(checkpoint: Checkpoint, *, rules: str | Path | None = None, experts: int | None = None,
-                 ranking: str | None = None, target: Target | None = None, dtype: str | None = None,
-                 context: int | None = None) -> Settings:
-    """Defaults for everything not said: this machine, the family's rules, fp32 on a CPU and bf16 on a GPU, 4096 tokens."""
+def settings_for(
+    checkpoint: Checkpoint,
+    *,
+    rules: str | Path | None = None,
+    experts: int | None = None,
+    ranking: str | None = None,
+    target: Target | None = None,
+    dtype: str | None = None,
+    context: int | None = None,
+) -> Settings:
+    """Defaults for what is not said: this machine, the family's rules, fp32 on a CPU, bf16 on a GPU, 4096 tokens."""
     target = target or detect()
     name = dtype or ("bf16" if target.main.kind == "cuda" else "fp32")
     if name not in DTYPES:
@@ -83,11 +95,18 @@ def settings_of(target: Target, pipeline: Pipeline) -> Settings:
 
 # ------------------------------------------------------------------------------------------------ plans
 
+
 def _step(model: PreTrainedModel, ids: Tensor, positions: Tensor, cache: PagedCache, keep: Tensor) -> Tensor:
     """What is captured: ragged ids `[1, T]`, explicit positions, `keep` the rows whose logits are wanted."""
     mask = torch.ops.ktrans.ragged_mask(cache.page_table, cache.seq_len, cache.query_start, positions, PAGE)
-    logits: Tensor = model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache,
-                           use_cache=True, logits_to_keep=keep).logits
+    logits: Tensor = model(
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=keep,
+    ).logits
     return logits
 
 
@@ -104,7 +123,14 @@ def capture_phase(model: PreTrainedModel, phase: Phase, settings: Settings, chec
         keep = torch.zeros(requests, dtype=torch.int64)
     dynamic: list[tuple[Tensor, int]] = [(cache.page_table, 1)]
     if phase == "prefill":
-        dynamic += [(cache.page_table, 0), (cache.seq_len, 0), (cache.query_start, 0), (ids, 1), (positions, 1), (keep, 0)]
+        dynamic += [
+            (cache.page_table, 0),
+            (cache.seq_len, 0),
+            (cache.query_start, 0),
+            (ids, 1),
+            (positions, 1),
+            (keep, 0),
+        ]
     gm = capture(_step, (model, ids, positions, cache, keep), dynamic)
     known = [k for k, _ in model.named_buffers() if k.rsplit(".", 1)[-1].endswith("inv_freq")]
     annotate_weights(gm, checkpoint.source, known)
@@ -115,8 +141,16 @@ def _told(notes: Iterable[Note]) -> list[tuple[str, str, str]]:
     return [(n.by, short(n.path), n.why) for n in notes]
 
 
-def run_pipeline(gm: fx.GraphModule, settings: Settings, name: str, phase: Phase, tokens: int, *, every: bool = False,
-                 source: Any = None) -> tuple[fx.GraphModule, list[Plan]]:
+def run_pipeline(
+    gm: fx.GraphModule,
+    settings: Settings,
+    name: str,
+    phase: Phase,
+    tokens: int,
+    *,
+    every: bool = False,
+    source: Any = None,
+) -> tuple[fx.GraphModule, list[Plan]]:
     """Run the passes; the plans after each pass if `every`, else the last one alone."""
     ctx = Context(settings.target, source)
     plans: list[Plan] = []
@@ -127,14 +161,30 @@ def run_pipeline(gm: fx.GraphModule, settings: Settings, name: str, phase: Phase
         if not (every or p.name == last) or not any(regions(graph)):
             return
         notes = _told(told if every and p.name != last else ctx.notes)
-        plans.append(make_plan(graph, settings.target, model=name, phase=phase, tokens=tokens, context=settings.context,
-                               after=p.name, notes=notes, kernels=kernels))
+        plans.append(
+            make_plan(
+                graph,
+                settings.target,
+                model=name,
+                phase=phase,
+                tokens=tokens,
+                context=settings.context,
+                after=p.name,
+                notes=notes,
+                kernels=kernels,
+            )
+        )
 
     return settings.pipeline.run(gm, ctx, observe), plans
 
 
-def explain(checkpoint: Checkpoint, settings: Settings, phase: Phase = "decode", tokens: int | None = None,
-            encoding: str | None = None) -> list[Plan]:
+def explain(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    phase: Phase = "decode",
+    tokens: int | None = None,
+    encoding: str | None = None,
+) -> list[Plan]:
     """The plan after each pass, the last one last. Reads no weight.
 
     `encoding`: plan as if the weights were stored so; a configuration without weights needs none and counts as bf16.
@@ -152,44 +202,76 @@ def explain(checkpoint: Checkpoint, settings: Settings, phase: Phase = "decode",
 
 # ------------------------------------------------------------------------------------------------ load
 
+
 class _Forward:
     """The forward of a loaded model: rectangular Hugging Face arguments in, ragged steps of the two executables out."""
 
-    def __init__(self, config: PretrainedConfig, settings: Settings, phases: Mapping[Phase, Executable],
-                 pool_devices: Sequence[torch.device]) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        settings: Settings,
+        phases: Mapping[Phase, Executable],
+        pool_devices: Sequence[torch.device],
+    ) -> None:
         self.config, self.settings, self.phases, self.pool_devices = config, settings, phases, pool_devices
 
     def new_cache(self, requests: int = 1) -> PagedCache:
         """An empty ragged cache for `requests` requests of up to `context` tokens each."""
-        return PagedCache(self.config, requests=requests, context=self.settings.context, dtype=self.settings.dtype,
-                          device=self.pool_devices, ragged=True)
+        return PagedCache(
+            self.config,
+            requests=requests,
+            context=self.settings.context,
+            dtype=self.settings.dtype,
+            device=self.pool_devices,
+            ragged=True,
+        )
 
     def step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
-        """Logits `[len(keep), vocabulary]` of the rows `keep` of one ragged step: ids and positions `[T]`, counts a request."""
+        """Logits `[len(keep), vocabulary]` of rows `keep` of a ragged step: ids and positions `[T]`, counts `[R]`."""
         cache.begin(counts)
         decode = len(counts) == 1 and ids.numel() == 1 and keep.numel() == 1
-        values = {"ids": ids[None], "positions": positions[None], "keep": keep, "cache.page_table": cache.page_table,
-                  "cache.seq_len": cache.seq_len, "cache.query_start": cache.query_start}
+        values = {
+            "ids": ids[None],
+            "positions": positions[None],
+            "keep": keep,
+            "cache.page_table": cache.page_table,
+            "cache.seq_len": cache.seq_len,
+            "cache.query_start": cache.query_start,
+        }
         values.update({f"cache.layers.{i}.pool": pool for i, pool in enumerate(cache.pools)})
         (logits,) = self.phases["decode" if decode else "prefill"](values)
         cache.advance()
         return logits[0]  # type: ignore[no-any-return]
 
-    def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                 position_ids: Tensor | None = None, past_key_values: Cache | None = None, use_cache: bool | None = None,
-                 logits_to_keep: int | Tensor = 0, **unknown: Any) -> CausalLMOutputWithPast:
-        asked = sorted(k for k, v in unknown.items()
-                       if v is not None and v is not False and k not in ("return_dict", "cache_position"))
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **unknown: Any,
+    ) -> CausalLMOutputWithPast:
+        asked = sorted(
+            k
+            for k, v in unknown.items()
+            if v is not None and v is not False and k not in ("return_dict", "cache_position")
+        )
         if input_ids is None or asked:
-            raise KtransError(f"a compiled model takes input_ids, attention_mask, position_ids, past_key_values, use_cache "
-                              f"and logits_to_keep; got {', '.join(asked) or 'no input_ids'}")
+            raise KtransError(
+                f"a compiled model takes input_ids, attention_mask, position_ids, past_key_values, use_cache "
+                f"and logits_to_keep; got {', '.join(asked) or 'no input_ids'}"
+            )
         batch, width = input_ids.shape
         cache = self._cache(past_key_values, batch)
         real = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
             if attention_mask.dim() != 2:
-                raise KtransError(f"attention_mask must be [batch, tokens], not {list(attention_mask.shape)}: a compiled "
-                                  "model makes its own causal mask")
+                raise KtransError(
+                    f"attention_mask must be [batch, tokens], not {list(attention_mask.shape)}: a compiled "
+                    "model makes its own causal mask"
+                )
             real = attention_mask[:, -width:].bool()
         counts = [int(c) for c in real.sum(1)]
         row = torch.full_like(input_ids, 0)  # [B, S] -> ragged row; padding reads row 0, its logits mean nothing
@@ -201,8 +283,9 @@ class _Forward:
         wanted = row[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else row[:, logits_to_keep]
         logits = self.step(input_ids[real], positions, counts, wanted.reshape(-1), cache)
         cache.columns += width
-        return CausalLMOutputWithPast(logits=logits.unflatten(0, wanted.shape).clone(),
-                                      past_key_values=None if use_cache is False else cache)
+        return CausalLMOutputWithPast(
+            logits=logits.unflatten(0, wanted.shape).clone(), past_key_values=None if use_cache is False else cache
+        )
 
     def _cache(self, given: Cache | None, batch: int) -> PagedCache:
         if isinstance(given, PagedCache) and given.ragged:
@@ -210,36 +293,51 @@ class _Forward:
                 raise KtransError(f"the cache holds {given.requests} requests, the input has {batch} rows")
             return given
         if given is not None and int(given.get_seq_length()) > 0:
-            raise KtransError(f"a compiled model keeps its context in a ragged PagedCache, not in a {type(given).__name__}; "
-                              "pass model.new_cache(batch), or none")
+            raise KtransError(
+                f"a compiled model keeps its context in a ragged PagedCache, not in a {type(given).__name__}; "
+                "pass model.new_cache(batch), or none"
+            )
         return self.new_cache(batch)
 
 
-def load(model: str | Path | Checkpoint | None = None, *, gguf: str | Path | None = None, rules: str | Path | None = None,
-         experts: int | None = None, ranking: str | None = None, target: Target | None = None, dtype: str | None = None,
-         context: int | None = None, progress: Progress | None = None) -> PreTrainedModel:
+def load(
+    model: str | Path | Checkpoint | None = None,
+    *,
+    gguf: str | Path | None = None,
+    rules: str | Path | None = None,
+    experts: int | None = None,
+    ranking: str | None = None,
+    target: Target | None = None,
+    dtype: str | None = None,
+    context: int | None = None,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
     """A compiled Hugging Face model: call it, or `generate` with it.
 
-    `model`: a GGUF file, a folder, or None for the embedded tiny one; `gguf`: weights for a folder. `experts`: keep that
+    `model`: a GGUF file, a folder, or None for the embedded one; `gguf`: weights for a folder. `experts`: keep that
     many of the router's top-k (lossy). Besides the usual methods it has `plans` (by phase), `step` and `new_cache`.
     Raises ModelFileError, RulesError, CapacityError.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, gguf)
     if checkpoint.source is None:
         raise RulesError(f"{checkpoint.path} has a configuration and no weights: it can be explained, not run")
-    settings = settings_for(checkpoint, rules=rules, experts=experts, ranking=ranking, target=target, dtype=dtype,
-                            context=context)
+    settings = settings_for(
+        checkpoint, rules=rules, experts=experts, ranking=ranking, target=target, dtype=dtype, context=context
+    )
     hollow = empty_model(checkpoint.config, settings.dtype)
     graphs: dict[Phase, fx.GraphModule] = {}
     plans: dict[Phase, Plan] = {}
     for phase in PHASES:
         gm = capture_phase(hollow, phase, settings, checkpoint)
-        graphs[phase], (plans[phase],) = run_pipeline(gm, settings, checkpoint.name, phase, 1 if phase == "decode" else 512)
+        graphs[phase], (plans[phase],) = run_pipeline(
+            gm, settings, checkpoint.name, phase, 1 if phase == "decode" else 512
+        )
     check_one_layout(list(graphs.values()))
     source = _WithTables(checkpoint.source, dict(hollow.named_buffers()))
     store = Store(source, settings.target, available_kernels())
-    phases = {phase: lower(graphs[phase], plans[phase], store, progress if i == 0 else None)
-              for i, phase in enumerate(PHASES)}
+    phases = {
+        phase: lower(graphs[phase], plans[phase], store, progress if i == 0 else None) for i, phase in enumerate(PHASES)
+    }
     forward = _Forward(checkpoint.config, settings, phases, _pool_devices(graphs["decode"], settings.target))
     hollow.forward = torch.compiler.disable(forward.__call__)
     extra = {"plans": plans, "step": forward.step, "new_cache": forward.new_cache, "store": store}

@@ -17,11 +17,11 @@ lint: setup      ## ruff, and mypy --strict on ktcompile and passes
 bench: setup     ## the CPU kernels on this machine, JSON lines
 	@$(BIN)/python benchmarks/bench_moe.py
 gpu-test:        ## build, test and check on a machine with a GPU and no network; JSON in out/
-	@PYTHON=$(PYTHON) bash benchmarks/gpu.sh test
+	@PYTHON=$(PYTHON) bash .ci/gpu test
 gpu-bench:       ## the same machine's speed
-	@PYTHON=$(PYTHON) bash benchmarks/gpu.sh bench
+	@PYTHON=$(PYTHON) bash .ci/gpu bench
 clean:           ## remove what was built
 	rm -rf build out $(VENV) ktcompile/_native*.so ktcompile/_native.c *.egg-info csrc/*.o
 
-$(READY): pyproject.toml constraints.txt setup.py benchmarks/setup.sh $(wildcard csrc/*.[ch]) csrc/build.py
-	@PYTHON=$(PYTHON) VENV=$(VENV) bash benchmarks/setup.sh && touch $@
+$(READY): pyproject.toml constraints.txt setup.py .ci/setup $(wildcard csrc/*.[ch]) csrc/build.py
+	@PYTHON=$(PYTHON) VENV=$(VENV) bash .ci/setup && touch $@

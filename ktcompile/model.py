@@ -24,7 +24,7 @@ from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Store, check_one_layout, lower
 from ktcompile.symbols import PAGE
 from ktcompile.target import Target, detect
-from ktcompile.weights import ImaginedSource, ModuleSource
+from ktcompile.weights import ImaginedSource, MixedSource, ModuleSource, WeightSource
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
@@ -114,7 +114,9 @@ def capture_phase(model: PreTrainedModel, phase: Phase, settings: Settings, chec
     """The annotated graph of one step: decode is one token of one request, prefill any tokens of any requests."""
     requests, tokens = (1, 1) if phase == "decode" else (2, 5)
     with torch.device("cpu"):
-        cache = PagedCache(model.config, requests=requests, context=settings.context, dtype=settings.dtype, ragged=True)
+        # The page counts the memory of one request of `context` tokens, however many requests this graph can take.
+        each = -(-settings.context // requests)
+        cache = PagedCache(model.config, requests=requests, context=each, dtype=settings.dtype, ragged=True)
         cache.begin([tokens // requests + (r < tokens % requests) for r in range(requests)])
         if cache.page_table.shape[1] == 1:  # dynamo takes a size of one for a constant
             cache.page_table = torch.zeros(requests, 2, dtype=torch.int64)
@@ -149,7 +151,7 @@ def run_pipeline(
     tokens: int,
     *,
     every: bool = False,
-    source: Any = None,
+    source: WeightSource | None = None,
 ) -> tuple[fx.GraphModule, list[Plan]]:
     """Run the passes; the plans after each pass if `every`, else the last one alone."""
     ctx = Context(settings.target, source)
@@ -196,7 +198,7 @@ def explain(
         checkpoint = replace(checkpoint, source=imagined)
     gm = capture_phase(model, phase, settings, checkpoint)
     count = tokens or (1 if phase == "decode" else 512)
-    _, plans = run_pipeline(gm, settings, checkpoint.name, phase, count, every=True)
+    _, plans = run_pipeline(gm, settings, checkpoint.name, phase, count, every=True, source=checkpoint.source)
     return plans
 
 
@@ -330,10 +332,11 @@ def load(
     for phase in PHASES:
         gm = capture_phase(hollow, phase, settings, checkpoint)
         graphs[phase], (plans[phase],) = run_pipeline(
-            gm, settings, checkpoint.name, phase, 1 if phase == "decode" else 512
+            gm, settings, checkpoint.name, phase, 1 if phase == "decode" else 512, source=checkpoint.source
         )
     check_one_layout(list(graphs.values()))
-    source = _WithTables(checkpoint.source, dict(hollow.named_buffers()))
+    tables = {k: b for k, b in hollow.named_buffers() if not b.isnan().any()}  # what the model computed itself
+    source = MixedSource(checkpoint.source, ModuleSource(tables))
     store = Store(source, settings.target, available_kernels())
     phases = {
         phase: lower(graphs[phase], plans[phase], store, progress if i == 0 else None) for i, phase in enumerate(PHASES)
@@ -364,31 +367,3 @@ def _pool_devices(gm: fx.GraphModule, target: Target) -> list[torch.device]:
     pools = {n.meta["input"]: n.meta["device"] for n in gm.graph.nodes if n.op == "placeholder" and n.meta.get("state")}
     ordered = sorted(pools, key=lambda name: int(name.split(".")[2]))
     return [target[pools[name]].torch for name in ordered]
-
-
-class _WithTables:
-    """A WeightSource plus what the model computed itself (rotary tables)."""
-
-    def __init__(self, source: Any, tables: Mapping[str, Tensor]) -> None:
-        self.source = source
-        have = set(source.keys())
-        own = {k: v for k, v in tables.items() if k not in have}
-        self.tables, self.names = ModuleSource(own), frozenset(own)
-
-    def _of(self, key: str) -> Any:
-        return self.tables if key in self.names else self.source
-
-    def keys(self) -> Iterable[str]:
-        return [*self.source.keys(), *self.tables.keys()]
-
-    def spec(self, key: str) -> Any:
-        return self._of(key).spec(key)
-
-    def parts(self, key: str) -> Any:
-        return self._of(key).parts(key)
-
-    def read(self, part: Any) -> Tensor:
-        return self._of(part.name).read(part)  # type: ignore[no-any-return]
-
-    def read_scale(self, part: Any) -> Tensor | None:
-        return self._of(part.name).read_scale(part)  # type: ignore[no-any-return]

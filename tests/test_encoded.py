@@ -83,12 +83,12 @@ def test_arbitrary_blocks(encoding: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_edge_blocks(encoding: str) -> None:
-    """Blocks of one byte, and blocks of one with the bytes of their scales another."""
+    """Blocks of one byte but for their scales, which stand first or last: zero, subnormal, infinite, NaN."""
     size = DECODERS[encoding][0]
-    plain = [[a] * size for a in _EDGES]
-    first = [[a] * 4 + [b] * (size - 4) for a in _EDGES for b in _EDGES]
-    last = [[b] * (size - 2) + [a] * 2 for a in _EDGES for b in _EDGES]
-    raw = torch.tensor([*plain, *first, *last], dtype=torch.uint8)
+    scales = [[low, high] for low in (0x00, 0x01, 0xFF) for high in _EDGES]
+    first = [[*a, *b] + [byte] * (size - 4) for a in scales for b in (a, [0, 0]) for byte in _EDGES]
+    last = [[byte] * (size - 2) + scale for scale in scales for byte in _EDGES]
+    raw = torch.tensor([*first, *last], dtype=torch.uint8)
     want = by_ggml(raw, encoding)
     assert want.isnan().any() and want.isinf().any() and (want == 0).any()
     same_bits(decode_rows(raw, encoding), want)

@@ -2,6 +2,7 @@
 
 from ktcompile.weights.gguf import GGUFSource
 from ktcompile.weights.imagined import ENCODINGS, ImaginedSource
+from ktcompile.weights.mixed import MixedSource
 from ktcompile.weights.module import ModuleSource
 from ktcompile.weights.safetensors import SafetensorsSource
 from ktcompile.weights.source import (
@@ -18,6 +19,7 @@ __all__ = [
     "ENCODINGS",
     "GGUFSource",
     "ImaginedSource",
+    "MixedSource",
     "ModuleSource",
     "Part",
     "SafetensorsSource",

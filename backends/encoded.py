@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, regions, value_of
 from ktcompile.backends.reference import plain_cost
-from ktcompile.verify import gib
-from ktcompile.weights import Part, WeightSource, values
+from ktcompile.graph import remembered
+from ktcompile.verify import gib, used
+from ktcompile.weights import Part, WeightSource, fp8_block, values
 
 # ------------------------------------------------------------------------------------------------ decoders
 # uint8 blocks [n, block bytes] to float32 [n, block values], on any device. Formats: ggml-quants.c of llama.cpp.
@@ -83,10 +84,19 @@ DECODERS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 """Encoding -> (bytes a block, decoder)."""
 
 
-def decode_rows(raw: Tensor, encoding: str) -> Tensor:
-    """Decode uint8 `[..., row bytes]` to float32 `[..., cols]`, where `raw` is."""
+CHUNK_BLOCKS = 1 << 16
+"""Blocks decoded at a time: 16 M values of a K type."""
+
+
+def decode_rows(raw: Tensor, encoding: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Decode uint8 `[..., row bytes]` to `[..., cols]` of `dtype`, where `raw` is; temporaries are of one chunk."""
     size, blocks = DECODERS[encoding]
-    return blocks(raw.reshape(-1, size)).view(*raw.shape[:-1], -1)
+    flat = raw.reshape(-1, size)
+    first = blocks(flat[:1] if len(flat) else flat)
+    out = torch.empty(len(flat), first.shape[1], dtype=dtype, device=raw.device)
+    for at in range(0, len(flat), CHUNK_BLOCKS):
+        out[at : at + CHUNK_BLOCKS] = blocks(flat[at : at + CHUNK_BLOCKS])
+    return out.view(*raw.shape[:-1], -1)
 
 
 # ------------------------------------------------------------------------------------------------ weights kept encoded
@@ -118,13 +128,14 @@ def wasteful(region: Region, target: Target) -> str | None:
     if not any(keepable(w.meta.get("source"), w.meta["weight"]) for w in region.weights.values()):
         return "none of its weights is quantised as a whole"
     home = str(region.home)
-    module = region.node.graph.owning_module
-    assert module is not None
-    memo: dict[str, int] = module.meta.setdefault("ktrans_decoded_bytes", {})
-    if home not in memo:
-        memo[home] = sum(int(value_of(w).nbytes) for r in regions(module) if r.home == home for w in r.weights.values())
-    room = int(target[home].capacity * 0.8)
-    return f"decoded, all weights of {home} are {gib(memo[home])} and fit" if memo[home] <= room else None
+    memo = remembered(region.graph_module)
+    if ("decoded", home) not in memo:
+        nodes = {w for r in regions(region.graph_module) if r.home == home for w in r.weights.values()}
+        cache = used(region.graph_module).get(home, {}).get("cache", 0)
+        memo["decoded", home] = sum(int(value_of(w).nbytes) for w in nodes), cache
+    weights, cache = memo["decoded", home]
+    room = (target[home].capacity - cache) * 4 // 5  # the rest is for activations
+    return f"decoded, all weights of {home} are {gib(weights)} and fit" if weights <= room else None
 
 
 def pack_encoded(parts: Parts, region: Region, target: Target) -> Packed:
@@ -151,18 +162,25 @@ def decoded(packed: Packed, leaf: str) -> Tensor:
     plan, dtypes = packed.shape
     if leaf not in plan:
         return packed.tensors[leaf]
-    found = []
-    for i, part in enumerate(plan[leaf]):
-        raw = packed.tensors[f"{leaf}/{i}"]
-        if part.scale is None:
-            found.append(decode_rows(raw, part.spec.encoding).to(dtypes[leaf]))
-            continue
-        scale = packed.tensors[f"{leaf}/{i}/scale"].float()
-        wide = scale.repeat_interleave(128, -2)[..., : raw.shape[-2], :].repeat_interleave(128, -1)[
-            ..., : raw.shape[-1]
-        ]
-        found.append((raw.float() * wide).to(dtypes[leaf]))
-    return found[0] if len(found) == 1 else torch.cat(found, -2)
+    parts = plan[leaf]
+    if len(parts) == 1:
+        return _decode(packed, f"{leaf}/0", parts[0], dtypes[leaf])
+    shape = [max(p.where[axis].stop for p in parts) for axis in range(len(parts[0].where))]
+    out = torch.empty(shape, dtype=dtypes[leaf], device=packed.tensors[f"{leaf}/0"].device)
+    for i, part in enumerate(parts):
+        place = out[part.where]
+        place.copy_(_decode(packed, f"{leaf}/{i}", part, dtypes[leaf]).view(place.shape))
+    return out
+
+
+def _decode(packed: Packed, name: str, part: Part, dtype: torch.dtype) -> Tensor:
+    """The values of one part."""
+    raw = packed.tensors[name]
+    if part.scale is None:
+        return decode_rows(raw, part.spec.encoding, dtype)
+    block = fp8_block(part.spec.encoding)
+    wide = packed.tensors[f"{name}/scale"].float().repeat_interleave(block, -2)[..., : raw.shape[-2], :]
+    return (raw.float() * wide.repeat_interleave(block, -1)[..., : raw.shape[-1]]).to(dtype)
 
 
 class Encoded(Kernel):

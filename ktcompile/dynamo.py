@@ -10,7 +10,7 @@ from torch import fx
 from ktcompile.capture import annotate, annotate_weights, graph_limit, graph_number
 from ktcompile.errors import KtransError, RulesError
 from ktcompile.kernel import available
-from ktcompile.model import pipeline_for, run_pipeline, settings_of
+from ktcompile.model import Phase, pipeline_for, run_pipeline, settings_of
 from ktcompile.pipeline import near
 from ktcompile.plan import Plan
 from ktcompile.runtime import BorrowedStore, lower_borrowed
@@ -72,10 +72,8 @@ def ktrans(
     _check_limit()
     pipeline = pipeline_for(None, given.get("rules"), given.get("experts"), given.get("ranking"))
     settings = settings_of(compiled.target, pipeline)
-    tokens = _tokens(gm)
-    folded, (plan,) = run_pipeline(
-        gm, settings, str(given.get("name", _model_name(gm))), "decode" if tokens == 1 else "prefill", tokens
-    )
+    phase, tokens = _step(gm)
+    folded, (plan,) = run_pipeline(gm, settings, str(given.get("name", _model_name(gm))), phase, tokens)
     compiled.plans.append(plan)
     return lower_borrowed(folded, plan, compiled.store).flat
 
@@ -102,16 +100,17 @@ def _check_limit() -> None:
         )
 
 
-def _tokens(gm: fx.GraphModule) -> int:
-    """Tokens a step: the size of the token ids `[B, S]`, 512 where it is symbolic."""
+def _step(gm: fx.GraphModule) -> tuple[Phase, int]:
+    """Phase and tokens a step, from the token ids `[B, S]`: S = 1 is decode; a symbolic size counts as 512 tokens."""
     for node in gm.graph.nodes:
         value = node.meta["val"]
         if node.op != "placeholder" or "input" not in node.meta or not isinstance(value, torch.Tensor):
             continue
         if value.dim() == 2 and value.dtype in (torch.int64, torch.int32):
             sizes = [s for s in value.shape if isinstance(s, int)]
-            return sizes[0] * sizes[1] if len(sizes) == 2 else 512
-    return 512
+            tokens = sizes[0] * sizes[1] if len(sizes) == 2 else 512
+            return "decode" if isinstance(value.shape[1], int) and value.shape[1] == 1 else "prefill", tokens
+    return "prefill", 512
 
 
 def _model_name(gm: fx.GraphModule) -> str:

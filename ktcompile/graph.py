@@ -152,6 +152,13 @@ class Region:
     node: fx.Node
 
     @property
+    def graph_module(self) -> fx.GraphModule:
+        """The folded graph it is in."""
+        module = self.node.graph.owning_module
+        assert module is not None
+        return module
+
+    @property
     def path(self) -> str:
         return str(self.node.meta["path"])
 
@@ -204,9 +211,7 @@ class Region:
     @property
     def body(self) -> fx.GraphModule:
         """The captured code. Arguments: `inputs`, then `weights`."""
-        module = self.node.graph.owning_module
-        assert module is not None
-        body = module.get_submodule(str(self.node.target))
+        body = self.graph_module.get_submodule(str(self.node.target))
         assert isinstance(body, fx.GraphModule)
         return body
 
@@ -226,6 +231,7 @@ class Region:
 
     def place(self, device: str, home: str | None = None) -> None:
         """Run on `device`, weights at `home` (default: there too). State that it writes (page pools) goes along."""
+        remembered(self.graph_module).clear()
         self.node.meta["device"] = device
         self.node.meta["home"] = home or device
         for node in self.inputs:
@@ -253,14 +259,19 @@ class Region:
 
     def replace_body(self, body: fx.GraphModule, binding: Any = None) -> None:
         """Give this region a body of its own, and a `binding` if that changed; others that shared it keep theirs."""
-        module = self.node.graph.owning_module
-        assert module is not None
+        module = self.graph_module
         taken = dict(module.named_children())
         name = next(n for i in range(len(taken) + 1) if (n := f"{self.op}_{i}") not in taken)
         module.add_submodule(name, body)
         self.node.target = name
         if binding is not None:
             self.node.meta["binding"] = binding
+
+
+def remembered(gm: fx.GraphModule) -> dict[Any, Any]:
+    """Facts that were worked out from where regions are; forgotten as soon as one is placed."""
+    memo: dict[Any, Any] = gm.meta.setdefault("ktrans_remembered", {})
+    return memo
 
 
 def stored_bytes(weight: fx.Node) -> int:

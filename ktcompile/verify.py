@@ -142,9 +142,7 @@ def wrong_binding(region: Region) -> str | None:
     weights = region.weights
     if op.define is None or sum(value_of(w).nbytes for w in weights.values()) > PROVABLE_BYTES:
         return None
-    module = region.node.graph.owning_module
-    assert module is not None
-    known = sizes(module, _TOKENS, _STORED + _TOKENS + 2 * PAGE)
+    known = sizes(region.graph_module, _TOKENS, _STORED + _TOKENS + 2 * PAGE)
     inputs = _inputs(region, known)
     made = [_weight(w) for w in weights.values()]
     definition = fx.GraphModule(torch.nn.Module(), op.define(region.binding, tuple(weights)))

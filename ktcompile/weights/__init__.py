@@ -11,6 +11,7 @@ from ktcompile.weights.source import (
     WeightSource,
     decode,
     encoding,
+    fp8_block,
     stored_bytes,
     values,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "WeightSource",
     "decode",
     "encoding",
+    "fp8_block",
     "stored_bytes",
     "values",
 ]

@@ -132,7 +132,9 @@ def chat(
         )
     torch.set_num_threads(torch_threads(compiled.plans["decode"], target))
     session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
-    err.print(f"[dim]{checkpoint.name}, loaded in {time.perf_counter() - start:.1f} s{_lossy(experts)}[/dim]")
+    err.print(
+        f"[dim]{checkpoint.name}, loaded in {time.perf_counter() - start:.1f} s{_lossy(experts, checkpoint)}[/dim]"
+    )
     history = [{"role": "system", "content": system}] if system else []
     if text is not None:
         _answer(session, [*history, {"role": "user", "content": text}], max_new_tokens, force_think)
@@ -144,8 +146,9 @@ def _first(*values: Any) -> Any:
     return next(v for v in values if v is not None)
 
 
-def _lossy(experts: int | None) -> str:
-    return f", lossy: {experts} experts a token" if experts else ""
+def _lossy(experts: int | None, checkpoint: "Checkpoint") -> str:
+    trained = int(getattr(checkpoint.config, "num_experts_per_tok", 0) or 0)
+    return f", lossy: {experts} of {trained} experts a token" if experts and experts < trained else ""
 
 
 def _one_prompt(prompt: str | None, file: Path | None) -> str | None:

@@ -1,4 +1,4 @@
-"""give every region the first kernel on its op's list that takes it."""
+"""choose-kernels: give every region the first kernel on its op's list that takes it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

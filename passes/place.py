@@ -1,4 +1,4 @@
-"""give every region a device."""
+"""place: give every region a device."""
 
 import re
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class Place(Pass):
         for region in found:
             device = next((d for glob, d in devices.items() if region.matches(glob)), None)
             if device is None:
-                raise RulesError(f'place: no rule matches {region.path}; end the rules with "*": gpu')
+                raise RulesError(f'no rule matches {region.path}; end the rules with "*": gpu')
             region.place(device)
         for node in gm.graph.nodes:
             if node.op == "placeholder" and "weight" not in node.meta:

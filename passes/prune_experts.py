@@ -1,4 +1,4 @@
-"""fewer experts a token than the model was trained with."""
+"""prune-experts: fewer experts a token than the model was trained with."""
 
 from copy import deepcopy
 from dataclasses import dataclass, replace

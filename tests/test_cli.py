@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_text(ktrans):
 
 def test_lossy_modes_are_named(ktrans):
     _, _, err = ktrans("chat", "-p", "Hello", "--experts", "6", "--max-new-tokens", "2")
-    assert "lossy: 6 experts a token" in err
+    assert "lossy: 6 of 8 experts a token" in err
 
 
 @pytest.mark.parametrize(

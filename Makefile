@@ -11,7 +11,7 @@ setup: $(READY)  ## .venv with everything, C kernels built
 demo: setup      ## the embedded model tells a story, compiled
 	@$(BIN)/ktrans chat --prompt "Tell me a story about a dog named Max." --temperature 0
 test: setup      ## all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 lint: setup      ## ruff, and mypy --strict on ktcompile and passes
 	@$(BIN)/ruff check . && $(BIN)/mypy --strict
 bench: setup     ## the CPU kernels on this machine, JSON lines

@@ -202,6 +202,7 @@ class Avx512Vnni(CpuMoe):
     """AVX-512 with int8 products: activations in 8 bits, a scale every 32. Lossy: only if a rules file lists it."""
 
     name = isa = "avx512_vnni"
+    lossy = "experts' activations in 8 bits (avx512_vnni)"
 
 
 class Amx(CpuMoe):

@@ -199,6 +199,8 @@ class Encoded(Kernel):
 
     def cost(self, region: Region, target: Target) -> Cost:
         cost = plain_cost(region, self.packed_bytes(region))
+        if region.op == "embed":
+            return cost
         plain = sum(int(value_of(w).nbytes) for w in region.weights.values())
         return Cost(cost.nbytes + 2 * plain, cost.flops)  # decoded values are written and read
 
@@ -206,4 +208,13 @@ class Encoded(Kernel):
         return pack_encoded(parts, region, target)
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Any:
+        if region.op == "embed" and "weight/0" in packed.tensors and "weight/0/scale" not in packed.tensors:
+            return _rows(packed, *inputs)
         return region.body(*inputs, *(decoded(packed, leaf) for leaf in region.leaves))
+
+
+def _rows(packed: Packed, ids: Tensor) -> Tensor:
+    """Rows of an encoded table: only those are decoded. A table is one part without scales in every known file."""
+    plan, dtypes = packed.shape
+    (part,) = plan["weight"]
+    return decode_rows(packed.tensors["weight/0"][ids], part.spec.encoding, dtypes["weight"])

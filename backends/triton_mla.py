@@ -59,7 +59,7 @@ def unavailable() -> str | None:
         return "triton is not installed"
     if interpreted() or torch.cuda.is_available():
         return None
-    return "no CUDA device (and TRITON_INTERPRET=1 was not set before triton was imported)"
+    return "there is no GPU that torch can use"
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels

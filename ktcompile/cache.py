@@ -196,7 +196,7 @@ class PagedCache(Cache):
         devices = [device] * count if isinstance(device, (str, torch.device)) else list(device)
         self.requests, self.ragged, self.row = requests, ragged, row_layout(config)
         self.pages_each = -(-context // PAGE)
-        self.context = self.pages_each * PAGE
+        self.context = context
         self.columns = 0
         self.lengths = [0] * requests
         self.counts = [0] * requests

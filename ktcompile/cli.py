@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 if TYPE_CHECKING:
     from ktcompile.checkpoint import Checkpoint
@@ -42,7 +41,10 @@ Rules = Annotated[str | None, typer.Option(help="Rules file, or a shipped one by
 Experts = Annotated[int | None, typer.Option(help="Keep this many of the router's experts a token. Lossy.")]
 Ranking = Annotated[str | None, typer.Option(help="Which experts --experts keeps: choice (default) or weight.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute type: fp32 (default on a CPU) or bf16 (default on a GPU).")]
-ContextSize = Annotated[int | None, typer.Option("--context", help="Most tokens of prompt and answers. Default: 4096.")]
+ContextSize = Annotated[
+    int | None,
+    typer.Option("--context", help="Most tokens of prompt and answers. Default: 4096, or what the model can."),
+]
 Threads = Annotated[int | None, typer.Option("--cpu-threads", help="CPU threads. Default: all this process may use.")]
 
 
@@ -61,12 +63,13 @@ def _packing() -> Iterator[Any]:
 
 
 def _machine(gpu: str | None, ram: str | None, threads: int | None = None) -> "Target":
-    from ktcompile.target import detect, fake
+    from ktcompile.target import detect, fake, with_sizes
 
     if gpu is None and ram is None:
         return detect(threads)
-    no_gpu = gpu is not None and gpu.lower() in ("0", "none")
-    return fake(None if no_gpu else gpu or "24G", ram or "512G")
+    if gpu is None or ram is None:
+        return with_sizes(detect(), gpu, ram)
+    return fake(None if gpu.lower() == "none" else gpu, ram)
 
 
 def _open(model: str | None, gguf: str | None) -> "Checkpoint":
@@ -119,6 +122,7 @@ def chat(
         min_p,
         seed,
     )
+    err.print(f"[dim]capturing {checkpoint.name}[/dim]", soft_wrap=True)
     with _packing() as progress:
         compiled: Any = load(
             checkpoint,
@@ -132,9 +136,9 @@ def chat(
         )
     torch.set_num_threads(torch_threads(compiled.plans["decode"], target))
     session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
-    err.print(
-        f"[dim]{checkpoint.name}, loaded in {time.perf_counter() - start:.1f} s{_lossy(experts, checkpoint)}[/dim]"
-    )
+    err.print(f"[dim]{checkpoint.name}, loaded in {time.perf_counter() - start:.1f} s[/dim]", soft_wrap=True)
+    for what in compiled.plans["decode"].lossy:
+        err.print(f"[dim]lossy: {what}[/dim]", soft_wrap=True)
     history = [{"role": "system", "content": system}] if system else []
     if text is not None:
         _answer(session, [*history, {"role": "user", "content": text}], max_new_tokens, force_think)
@@ -146,29 +150,28 @@ def _first(*values: Any) -> Any:
     return next(v for v in values if v is not None)
 
 
-def _lossy(experts: int | None, checkpoint: "Checkpoint") -> str:
-    trained = int(getattr(checkpoint.config, "num_experts_per_tok", 0) or 0)
-    return f", lossy: {experts} of {trained} experts a token" if experts and experts < trained else ""
-
-
 def _one_prompt(prompt: str | None, file: Path | None) -> str | None:
     from ktcompile.errors import RulesError
 
     if prompt is not None and file is not None:
         raise RulesError("--prompt and --prompt-file: give one of them")
-    if file is None:
-        return prompt
-    try:
-        return (sys.stdin.read() if str(file) == "-" else file.read_text()).rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RulesError(f"--prompt-file {str(file)!r}: {error}") from error
+    if file is not None:
+        try:
+            prompt = (sys.stdin.read() if str(file) == "-" else file.read_text()).rstrip("\n")
+        except OSError as error:
+            raise RulesError(f"--prompt-file {str(file)!r}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise RulesError(f"--prompt-file {str(file)!r} is not UTF-8 text") from error
+    if prompt is not None and not prompt.strip():
+        raise RulesError("the prompt is empty; leave --prompt out for a conversation")
+    return prompt
 
 
 def _answer(session: "Session", messages: Sequence[dict[str, str]], most: int, think: bool) -> str:
     """Stream one answer to stdout, statistics to stderr. Ctrl-C stops the answer, not the program."""
-    rendered = str(session.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
-    rendered += "<think>\n" if think else ""
-    ids = session.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    from ktcompile.generate import encode_chat
+
+    ids = encode_chat(session.tokenizer, messages, "<think>\n" if think else "")
     pieces: list[str] = []
     stopped = ""
     stream = session.stream(ids, most)
@@ -183,7 +186,7 @@ def _answer(session: "Session", messages: Sequence[dict[str, str]], most: int, t
         stream.close()  # type: ignore[attr-defined]
     sys.stdout.write("\n")
     sys.stdout.flush()
-    err.print(f"[dim]{session.statistics}{stopped}[/dim]")
+    err.print(f"[dim]{session.statistics}{stopped}[/dim]", soft_wrap=True)
     return "".join(pieces)
 
 
@@ -247,10 +250,8 @@ def explain(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens a step. Default: 1 in decode, 512 in prefill.")
     ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="Plan for a GPU of this memory (24G), or none, instead of this machine.")
-    ] = None,
-    ram: Annotated[str | None, typer.Option(help="Plan for this much RAM (512G) instead of this machine.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Plan as if there were a GPU of this memory (24G), or none.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Plan as if there were this much RAM (512G).")] = None,
     encoding: Annotated[
         str | None, typer.Option(help="Plan as if the weights were stored so: bf16, fp8, q8_0, q4_k_m, ...")
     ] = None,
@@ -283,6 +284,8 @@ def explain(
         dtype=dtype,
         context=context,
     )
+    if as_json and diff:
+        raise RulesError("--json and --diff: give one of them")
     if after is not None:
         settings.pipeline.until(after)  # an unknown pass is told before the work
     with err.status(f"capturing {checkpoint.name}"):
@@ -297,7 +300,7 @@ def explain(
         print(json.dumps(shown.json(), indent=1, ensure_ascii=False))
     elif diff:
         _print_diff(plans)
-    else:
+    elif html is None and dump is None:
         sys.stdout.write(shown.text())
 
 
@@ -308,7 +311,7 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     except OSError as error:
-        raise RulesError(f"cannot write {path}: {error}") from error
+        raise RulesError(f"cannot write {path}: {error.strerror}") from error
     err.print(f"wrote {path}")
 
 
@@ -328,16 +331,21 @@ def passes() -> None:
     """List the passes that a rules file may name, with their options."""
     from dataclasses import fields
 
-    from ktcompile.pipeline import _default, available
+    from ktcompile.pipeline import available, default_of
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("pass", "requires", "establishes", "options", "what it does"):
-        table.add_column(column, overflow="fold")
     for name, cls in sorted(available().items()):
-        options = "\n".join(f"{f.name.replace('_', '-')}: {_default(f)}" for f in fields(cls))
-        doc = (cls.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
-        table.add_row(name, ", ".join(cls.requires), ", ".join(cls.establishes), options, " ".join(doc.split()))
-    out.print(table)
+        out.print(f"{name}: {_doc(cls)}")
+        for what, names in (("requires", cls.requires), ("establishes", cls.establishes)):
+            if names:
+                out.print(f"    {what} {', '.join(names)}")
+        for f in fields(cls):
+            out.print(f"    {f.name.replace('_', '-')}: {json.dumps(default_of(f))}")
+        out.print()
+
+
+def _doc(cls: type) -> str:
+    """The first paragraph of a class's docstring, on one line."""
+    return " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
 
 
 @app.command()
@@ -345,14 +353,12 @@ def kernels() -> None:
     """List the kernels, and why one cannot run on this machine."""
     from ktcompile.kernel import available
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("kernel", "op", "device", "layout", "here", "what it does"):
-        table.add_column(column, overflow="fold")
     for name, kernel in available().items():
         why = kernel.missing()
-        doc = " ".join((type(kernel).__doc__ or "").split())
-        table.add_row(name, kernel.op, kernel.device, kernel.layout, "yes" if why is None else f"no: {why}", doc)
-    out.print(table)
+        op = "any op" if kernel.op == "*" else kernel.op
+        where = {"*": "any device", "cuda": "a GPU", "cpu": "a CPU"}.get(kernel.device, kernel.device)
+        out.print(f"{name}: {op} on {where}, {'can run here' if why is None else f'cannot run here: {why}'}")
+        out.print(f"    {_doc(type(kernel))}{' Lossy.' if kernel.lossy else ''}")
 
 
 @app.command()
@@ -411,20 +417,30 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command; an error of ours is one line on stderr and exit code 2."""
+    """Run the command; a mistake is one line on stderr and exit code 2."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads sleep instead of spinning against ours
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     from ktcompile.errors import KtransError
 
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        app()
+        sys.exit(app(arguments, prog_name="ktrans", standalone_mode=False))
     except KtransError as error:
-        err.print(f"ktrans: {error}", markup=False, style="red", soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer's parser raises; its class is private
+            raise
+        told = str(error.format_message()).rstrip(" .?")
+        _fail(f"{told}. `ktrans --help` and `ktrans COMMAND --help` list what there is")
+
+
+def _fail(text: str) -> NoReturn:
+    err.print(f"ktrans: {text}", markup=False, style="red", soft_wrap=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Text from a loaded model, token by token: prefill in chunks, sampling, incremental decoding, timing."""
 
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,20 +57,26 @@ class Sampling:
 
 @dataclass
 class Statistics:
-    """Counts and seconds of one answer. `reused`: prompt tokens that were still in the cache."""
+    """Counts and seconds of one answer.
+
+    `reused`: prompt tokens that were still in the cache; `new`: tokens of the answer, without the one that ends it;
+    `steps`: decode steps; `ended`: why the answer is not complete.
+    """
 
     prompt: int = 0
     reused: int = 0
     new: int = 0
+    steps: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    ended: str = ""
 
     def __str__(self) -> str:
         read = self.prompt - self.reused
         kept = f" ({self.reused} more from the cache)" if self.reused else ""
         fill = f"{read / self.prefill_s:.1f} tok/s" if self.prefill_s else "-"
-        rate = f"{(self.new - 1) / self.decode_s:.1f} tok/s" if self.decode_s and self.new > 1 else "-"
-        return f"prompt {read} tokens{kept}, prefill {fill}; answer {self.new} tokens, decode {rate}"
+        rate = f"{self.steps / self.decode_s:.1f} tok/s" if self.decode_s else "-"
+        return f"prompt {read} tokens{kept}, prefill {fill}; answer {self.new} tokens, decode {rate}{self.ended}"
 
 
 @dataclass
@@ -98,8 +105,8 @@ class Session:
         self.statistics = Statistics(prompt=len(prompt))
         if len(prompt) >= self.cache.context:
             raise CapacityError(
-                f"the prompt has {len(prompt)} tokens; the context holds {self.cache.context} with the "
-                "answer. Start with a larger --context, or a new conversation"
+                f"the prompt has {len(prompt)} tokens; the context holds {self.cache.context}, the answer included. "
+                "Shorten it, or load with a larger context if the model has one"
             )
         same = next(
             (i for i, (a, b) in enumerate(zip(self.seen, prompt, strict=False)) if a != b),
@@ -117,16 +124,19 @@ class Session:
         self.statistics.prefill_s = time.perf_counter() - start
         start = time.perf_counter()
         decoder = DecodeStream(skip_special_tokens=True)
-        for _ in range(most):
+        while token not in self.stop:
             self.statistics.new += 1
-            if token in self.stop:
-                return
             piece = decoder.step(self.tokenizer.backend_tokenizer, token)
             if piece:
                 yield piece
-            if self.statistics.new == most or len(self.seen) >= self.cache.context:
+            if self.statistics.new == most:
+                self.statistics.ended = f"; ended after {most} tokens"
+                return
+            if len(self.seen) >= self.cache.context:
+                self.statistics.ended = "; ended, the context is full"
                 return
             token = self._choose(self._step([token]))
+            self.statistics.steps += 1
             self.statistics.decode_s = time.perf_counter() - start
 
     def _step(self, ids: Sequence[int]) -> Tensor:
@@ -150,3 +160,23 @@ def stop_tokens(tokenizer: PreTrainedTokenizerFast, generation: Any) -> frozense
     configured = getattr(generation, "eos_token_id", None)
     several = configured if isinstance(configured, (list, tuple)) else [configured]
     return frozenset(int(t) for t in (*several, tokenizer.eos_token_id) if t is not None)
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], suffix: str = ""
+) -> list[int]:
+    """Token ids of a rendered conversation, with `suffix` behind it.
+
+    What people write stays text: a special token inside a message is encoded as its characters.
+    """
+    special = [t for t in tokenizer.all_special_tokens if any(t in m["content"] for m in messages)]
+    marks = {f"\ue000{i}\ue001": m["content"] for i, m in enumerate(messages)}
+    contents = marks if special else [m["content"] for m in messages]
+    given = [{**m, "content": content} for m, content in zip(messages, contents, strict=True)]
+    text = str(tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False)) + suffix
+    pieces = re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if special else [text]
+    ids: list[int] = []
+    for piece in filter(None, pieces):
+        plain = {"split_special_tokens": True} if piece in marks else {}
+        ids += tokenizer(marks.get(piece, piece), add_special_tokens=False, verbose=False, **plain)["input_ids"]
+    return ids

@@ -57,6 +57,7 @@ class Kernel(ABC):
     op: ClassVar[str]  # "*": every op
     device: ClassVar[str]  # kind: "cpu", "cuda", "*"
     layout: ClassVar[str]
+    lossy: ClassVar[str | None] = None  # what it rounds that the compute type does not
 
     @abstractmethod
     def refuses(self, region: Region, target: Target) -> str | None:
@@ -88,6 +89,7 @@ class Call:
     """What a kernel may know of a region when it runs: no graph, only code and attributes."""
 
     path: str
+    op: str
     shape: Any
     body: Any
     leaves: tuple[str, ...]

@@ -173,6 +173,7 @@ def run_pipeline(
                 context=settings.context,
                 after=p.name,
                 notes=notes,
+                lossy=ctx.losses,
                 kernels=kernels,
             )
         )

@@ -44,7 +44,12 @@ class Context:
     target: Target
     weights: WeightSource | None = None
     notes: list[Note] = field(default_factory=list)
+    losses: dict[str, None] = field(default_factory=dict)
     running: str = ""
+
+    def lossy(self, what: str) -> None:
+        """Say that results will differ from the model's own; printed at the top of the page."""
+        self.losses[what] = None
 
     def skip(self, region: Region | str, why: str) -> None:
         """Say why a candidate was left as it is; printed under the page."""
@@ -116,6 +121,9 @@ class Pipeline:
             except RulesError as error:
                 key = error.key if isinstance(error, OptionError) else ""
                 raise self._refused(p, key, f": {error}") from error
+            except Exception as error:
+                error.add_note(f"in pass {p.name}, {self.where(p.name) or 'of the default pipeline'}")
+                raise
             gm.graph.lint()
             gm.recompile()
             if "folded" in (*holds, *p.establishes):
@@ -125,7 +133,7 @@ class Pipeline:
                 try:
                     check(name, gm, ctx.target)
                 except PassError as error:
-                    raise type(error)(f"after {p.name}, not {name}: {error}") from error
+                    raise type(error)(f"after {p.name}: {error}") from error
             if _signature(gm) == before and len(ctx.notes) == told:
                 ctx.skip("", f"{p.name} changed nothing and gave no reason")
             if observe:
@@ -136,7 +144,7 @@ class Pipeline:
         """The rules file that loads as this pipeline."""
         entries: list[Any] = []
         for p in self.passes:
-            options = {f.name: _plain(getattr(p, f.name)) for f in fields(p) if getattr(p, f.name) != _default(f)}
+            options = {f.name: _plain(getattr(p, f.name)) for f in fields(p) if getattr(p, f.name) != default_of(f)}
             entries.append({p.name: options} if options else p.name)
         return yaml.safe_dump({"pipeline": entries}, sort_keys=False)
 
@@ -152,7 +160,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _default(f: "Field[Any]") -> Any:
+def default_of(f: "Field[Any]") -> Any:
+    """The default value of a dataclass field, or `dataclasses.MISSING`."""
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
@@ -196,7 +205,7 @@ def _read(rules: str | Path, asked: str | None) -> tuple[str, str]:
     if isinstance(rules, str) and "/" not in rules and not rules.endswith((".yaml", ".yml")):
         if rules not in shipped():
             raise RulesError(
-                f"{prefix}no rules {rules!r}; {near(rules, shipped())} A file needs its path: ./{rules}.yaml"
+                f"{prefix}no rules {rules!r}; {near(rules, shipped())} (a file is named by its path: ./{rules}.yaml)"
             )
         return (files("ktcompile.rules") / f"{rules}.yaml").read_text(), f"{rules}.yaml"
     try:
@@ -310,7 +319,7 @@ def _pass(node: yaml.Node, file: str, places: dict[tuple[str, str], str]) -> Pas
 
 def make_pass(cls: type[Pass], values: Mapping[str, Any], where: str) -> Pass:
     """A pass from its options. Raises RulesError where it refuses them."""
-    missing = [f.name for f in fields(cls) if f.name not in values and _default(f) is MISSING]
+    missing = [f.name for f in fields(cls) if f.name not in values and default_of(f) is MISSING]
     if missing:
         raise RulesError(f"{where}: {cls.name} needs {', '.join(missing)}")
     hints = get_type_hints(cls)

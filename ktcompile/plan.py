@@ -71,10 +71,12 @@ class Plan:
     uses: tuple[Use, ...]
     copied_bytes: int
     notes: tuple[tuple[str, str, str], ...]
+    lossy: tuple[str, ...] = ()
+    machine: str = ""
 
     @property
     def us(self) -> float | None:
-        """Predicted microseconds of one step, everything one after the other."""
+        """Microseconds of one step at least: every byte read once at full bandwidth, one region after the other."""
         known = [r.us for r in self.rows if r.us is not None]
         return sum(known) if len(known) == len(self.rows) else None  # None before kernels are chosen
 
@@ -85,9 +87,12 @@ class Plan:
     def _head(self) -> Iterator[str]:
         tokens = "token" if self.tokens == 1 else "tokens"
         context = f", {self.context} of context" if self.context else ""
-        yield f"# {self.model}, {self.phase}: {self.tokens} {tokens} a step{context}"
-        if self.after:
-            yield f"# after {self.after}"
+        after = f", after {self.after}" if self.after else ""
+        yield f"# {self.model}, {self.phase}: {self.tokens} {tokens} a step{context}{after}"
+        for what in self.lossy:
+            yield f"# lossy: {what}"
+        if self.machine:
+            yield f"# {self.machine}"
         width = max((len(u.device) for u in self.uses), default=0)
         for u in self.uses:
             plural = "s" * (u.regions != 1)
@@ -99,7 +104,8 @@ class Plan:
             yield f"# copies  {gib(self.copied_bytes)} a step in {count} copies"
         if self.us is not None:
             rate = self.tokens / self.us * 1e6
-            yield f"# predicted {_time(self.us)} a step ({rate:.1f} tokens/s) from memory bandwidth"
+            digits = 0 if rate >= 100 else 1
+            yield f"# at best {_time(self.us)} a step, {rate:.{digits}f} tokens/s: what memory bandwidth allows"
 
     def _foot(self) -> Iterator[str]:
         if self.notes:
@@ -127,6 +133,7 @@ def make_plan(
     context: int,
     after: str = "",
     notes: Iterable[tuple[str, str, str]] = (),
+    lossy: Iterable[str] = (),
     kernels: Mapping[str, Kernel] | None = None,
 ) -> Plan:
     """The plan of a folded graph. Sizes are those of a step of `tokens` tokens after `context` tokens."""
@@ -150,7 +157,9 @@ def make_plan(
         if d.name in placed
     )
     moved = sum(_nbytes(value_of(c), sizes) for c in copies(gm))
-    return Plan(model, phase, tokens, context, after, rows, uses, moved, tuple(group_notes(notes)))
+    return Plan(
+        model, phase, tokens, context, after, rows, uses, moved, tuple(group_notes(notes)), tuple(lossy), target.about
+    )
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -394,10 +403,11 @@ label{cursor:pointer}
 input:focus-visible+label{outline:2px solid #06c}
 .g{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:2px 2em;max-width:1200px;margin-top:1em}
 .g>div{padding:2px 8px;border-radius:3px;overflow-wrap:anywhere}.lane0{grid-column:1;background:#e8f1ff}
-.lane1{grid-column:2;background:#fff1dd}.copy{grid-column:1/3;color:#a33;text-align:center}
+.lane1{grid-column:2;background:#fff1dd}
+.lane2{grid-column:1/3;background:#eee}.copy{grid-column:1/3;color:#a33;text-align:center}
 .new{outline:2px solid #2a7}b{font-weight:600}small{color:#666;float:right;margin-left:1em}
 pre{white-space:pre-wrap}p.key{color:#666}
-@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}.lane0{background:#1c2b40}.lane1{background:#40301a}
+@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}.lane0{background:#1c2b40}.lane1{background:#40301a}.lane2{background:#333}
 h2{border-color:#444}small,p.key{color:#aaa}label{border-color:#666}}
 """
 
@@ -436,14 +446,14 @@ def _lanes(rows: Sequence[Row], earlier: set[tuple[str, ...]] | None) -> Iterato
     for row in rows:
         if _layer(row.name) != layer:
             layer = _layer(row.name)
-            yield f"<h2>{f'L{layer}' if layer is not None else ''}</h2>"
+            yield f"<h2>{f'L{layer}' if layer is not None else 'after the layers'}</h2>"
         new = " new" if earlier is not None and _cells(row)[:8] not in earlier else ""
         tip = html.escape("reads " + ", ".join(row.reads), quote=True)
         if row.op == "copy":
             text = html.escape(f"{row.reads[0]} {row.device}")
             yield f'<div class="copy{new}" title="{tip}">{text} {gib(row.nbytes)}</div>'
             continue
-        lane = 1 if row.device.startswith("cpu") else 0
+        lane = 2 if row.device == "-" else 1 if row.device.startswith("cpu") else 0
         facts = [
             row.type,
             row.encoding,

@@ -162,7 +162,7 @@ def lower_borrowed(gm: fx.GraphModule, plan: Plan, store: BorrowedStore) -> Exec
 def _call(region: Region, target: Target) -> Call:
     binding = region.binding
     body = _on_device(region.body, target[region.device or ""].torch)
-    return Call(region.path, binding.shape if binding else None, body, tuple(region.weights))
+    return Call(region.path, region.op, binding.shape if binding else None, body, tuple(region.weights))
 
 
 def _on_device(body: fx.GraphModule, device: torch.device) -> fx.GraphModule:

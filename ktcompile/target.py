@@ -3,7 +3,8 @@
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import yaml
 
 from ktcompile.errors import RulesError
 
-_SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SUFFIX = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Target:
 
     devices: tuple[Device, ...]
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+    about: str = ""  # what the page says of a machine that is imagined
 
     def __post_init__(self) -> None:
         names = [d.name for d in self.devices]
@@ -63,10 +65,16 @@ class Target:
         return any(d.name == name for d in self.devices)
 
     def __getitem__(self, name: str) -> Device:
+        """The device of this name; `cpu` and `gpu` also mean the host, and the first GPU or else the host."""
         for device in self.devices:
             if device.name == name:
                 return device
-        raise RulesError(f"no device {name!r}; this target has {', '.join(d.name for d in self.devices)}")
+        if name in ("cpu", "gpu"):
+            return self.host if name == "cpu" else self.main
+        known = dict.fromkeys(["cpu", "gpu", *(d.name for d in self.devices)])
+        close = get_close_matches(name, known, 1, 0.4)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise RulesError(f"no device {name!r}; {hint}this target has {', '.join(known)}")
 
     @property
     def host(self) -> Device:
@@ -83,14 +91,13 @@ class Target:
 
 
 def size(text: str | int) -> int:
-    """Bytes of `24G`, `512M`, `1.5T` or a plain number (powers of 1024). Raises RulesError."""
+    """Bytes of `24G`, `512M`, `1.5T` (powers of 1024), or of a whole number. Raises RulesError."""
     if isinstance(text, int):
         return text
     number = text.strip().upper().removesuffix("B").removesuffix("I")
-    suffix = number[-1:] if number[-1:] in _SUFFIX and number[-1:] else ""
     try:
-        value = float(number.removesuffix(suffix)) * _SUFFIX[suffix]
-    except ValueError:
+        value = float(number[:-1]) * _SUFFIX[number[-1:]]
+    except (ValueError, KeyError):
         raise RulesError(f"{text!r} is no size; write a number with K, M, G or T, such as 24G") from None
     if not 0 < value < 1 << 60:
         raise RulesError(f"{text!r} is no possible size of a memory; allowed is 1 to 1048575T")
@@ -147,28 +154,28 @@ def detect(threads: int | None = None) -> Target:
 def fake(gpu: str | int | None = "24G", ram: str | int = "512G") -> Target:
     """A machine one does not have: `gpu` bytes of GPU memory (None: no GPU) and `ram` bytes of RAM.
 
-    Bandwidths are of a common desktop: 1 TB/s on the GPU, 250 GB/s in RAM, PCIe 4 x16 between them.
+    Bandwidths are of a common desktop: 1 TB/s on the GPU, 250 GB/s in RAM, PCIe 4 x16 between them; a CPU with AMX.
     """
-    features = frozenset(
-        {
-            "avx2",
-            "fma",
-            "f16c",
-            "avx512f",
-            "avx512bw",
-            "avx512dq",
-            "avx512vl",
-            "avx512_bf16",
-            "avx512_vnni",
-            "amx_tile",
-            "amx_bf16",
-            "amx_int8",
-        }
-    )
-    cpu = Device("cpu", "cpu", size(ram), 250e9, features)
+    avx = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
+    cpu = Device("cpu", "cpu", size(ram), 250e9, frozenset({*avx, "amx_tile", "amx_bf16", "amx_int8"}))
     if gpu is None:
-        return Target((cpu,))
-    return Target((Device("cuda:0", "cuda", size(gpu), 1e12, frozenset({"sm89"}), 100e12), cpu))
+        return Target((cpu,), about="imagined: RAM at 250 GB/s, a CPU with AMX, no GPU")
+    card = Device("cuda:0", "cuda", size(gpu), 1e12, frozenset({"sm89"}), 100e12)
+    return Target((card, cpu), about="imagined: GPU at 1 TB/s, RAM at 250 GB/s, a CPU with AMX, PCIe 4 x16")
+
+
+def with_sizes(real: Target, gpu: str | None = None, ram: str | None = None) -> Target:
+    """`real` with an imagined GPU of `gpu` bytes (`none`: without its GPUs) or with `ram` bytes of RAM, or both."""
+    devices = list(real.devices)
+    if gpu is not None:
+        devices = [d for d in devices if d.kind != "cuda"]
+        if gpu.lower() != "none":
+            devices.insert(0, fake(gpu).main)
+    if ram is not None:
+        devices = [replace(d, capacity=size(ram)) if d.kind == "cpu" else d for d in devices]
+    told = [f"a GPU of {gpu} at 1 TB/s, PCIe 4 x16" if gpu and gpu.lower() != "none" else "no GPU" if gpu else ""]
+    told.append(f"{ram} of RAM" if ram else "")
+    return Target(tuple(devices), about=f"imagined: {', '.join(filter(None, told))}; the rest is this machine")
 
 
 def load(path: Path | str) -> Target:

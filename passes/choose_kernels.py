@@ -43,6 +43,8 @@ class ChooseKernels(Pass):
             op = OPS.get(region.op)
             if kernel.op == region.op and op is not None and op.define is not None:
                 region.define(op, region.binding)
+            if kernel.lossy:
+                ctx.lossy(kernel.lossy)
             region.choose(kernel.name, kernel.layout, kernel.packed_bytes(region))
         prune(gm)
         return gm

@@ -40,18 +40,10 @@ class Place(Pass):
         return gm
 
     def _device(self, glob: str, name: str, target: Target) -> str:
-        if name in target:
-            return name
-        if name == "gpu":
-            return target.main.name
-        if name == "cpu":
-            return target.host.name
-        known = ["cpu", "gpu", *(d.name for d in target.devices)]
-        close = get_close_matches(name, known, 1, 0.4)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise OptionError(
-            f"rules.{glob}", f"no device {name!r}; {hint}this target has {', '.join(dict.fromkeys(known))}"
-        )
+        try:
+            return target[name].name
+        except RulesError as error:
+            raise OptionError(f"rules.{glob}", str(error)) from error
 
 
 def _input_device(node: Node, target: Target) -> str:

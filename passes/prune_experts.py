@@ -36,14 +36,14 @@ class PruneExperts(Pass):
             ctx.skip("", "this graph has no router that is understood")
         for router in routers:
             shape: RouterShape = router.binding.shape
-            if not 1 <= self.keep <= shape.experts:
+            if not 1 <= self.keep <= shape.top_k:
                 raise OptionError(
                     "keep",
                     f"keep = {self.keep}; {router.path} has {shape.experts} experts "
                     f"and uses {shape.top_k}: allowed is 1 to {shape.top_k}",
                 )
-            if self.keep >= shape.top_k:
-                ctx.skip(router, f"uses {shape.top_k} experts, {self.keep} are to be kept: nothing to prune")
+            if self.keep == shape.top_k:
+                ctx.skip(router, f"uses {shape.top_k} experts, all of them are kept: nothing to prune")
                 continue
             readers = [Region(u) for out in router.node.users for u in out.users if u.op == "call_module"]
             experts = [r for r in readers if r.op == "moe" and r.binding is not None]
@@ -58,6 +58,7 @@ class PruneExperts(Pass):
             # The captured experts may have k in their shapes; the op's definition has not.
             moe = experts[0]
             moe.define(OPS["moe"], _keeping(moe.binding, self.keep))
+            ctx.lossy(f"{self.keep} of {shape.top_k} experts a token, ranked by {self.ranking}")
         return gm
 
 

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():  # before triton is imported: it reads this on
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -56,9 +57,23 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return check
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands what it ran to the process that prints the summary."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["ran"] = import_module("native.report").RAN
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    report = import_module("native.report")
+    for isa, how in getattr(node, "workeroutput", {}).get("ran", {}).items():
+        report.ran(isa, how)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Which instruction sets ran, and where the Triton kernels did: no variant is skipped in silence."""
-    lines = import_module("native.report").lines() if (HERE / "native" / "report.py").exists() else []
+    lines = import_module("native.report").lines()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     where = (
         "in Triton's interpreter, on the CPU"

@@ -85,7 +85,7 @@ def test_a_kernel_that_accepts_packs_and_runs(data: st.DataObject, name: str, ph
     assert packed.layout == kernel.layout
     assert packed.nbytes == kernel.packed_bytes(region)
     binding = region.binding
-    call = Call(region.path, binding.shape if binding else None, region.body, tuple(region.weights))
+    call = Call(region.path, region.op, binding.shape if binding else None, region.body, tuple(region.weights))
     with torch.no_grad():
         made = kernel(packed, call, *inputs)
     if kernel.op == "*":

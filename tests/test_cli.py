@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_text(ktrans):
 
 def test_lossy_modes_are_named(ktrans):
     _, _, err = ktrans("chat", "-p", "Hello", "--experts", "6", "--max-new-tokens", "2")
-    assert "lossy: 6 of 8 experts a token" in err
+    assert "lossy: 6 of 8 experts a token, ranked by choice" in err
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,12 @@ def test_lossy_modes_are_named(ktrans):
         (("chat", "-p", "a", "--dtype", "fp23"), ("fp23", "did you mean")),
         (("chat", "-p", "a", "--experts", "0"), ("keep = 0", "1 to 8")),
         (("chat", "-p", "a", "--cpu-threads", "99999"), ("99999 CPU threads",)),
+        (("chat", "-p", "a", "--experts", "x"), ("--experts", "integer")),
+        (("chat", "-p", "a", "--experts", "9"), ("keep = 9", "1 to 8")),
+        (("chat", "-p", " "), ("prompt is empty",)),
+        (("explain", "--gpu", "24"), ("'24'", "24G")),
+        (("explain", "--json", "--diff"), ("give one of them",)),
+        (("explian",), ("explian",)),
         (("chat", str(DATA / "deepseek-v3-671b"), "-p", "a"), ("no weights",)),
         (("explain", "--rules", "bse"), ("did you mean 'base'",)),
         (("explain", "--after", "plce"), ("plce", "place")),
@@ -134,7 +140,7 @@ def test_explain_shows_the_page(ktrans):
 
 def test_explain_after_a_pass_and_for_a_phase(ktrans):
     _, out, _ = ktrans("explain", *MACHINE, "--after", "place", "--phase", "prefill", "--tokens", "300")
-    assert "# after place" in out
+    assert ", after place" in out
     assert "prefill: 300 tokens" in out
     assert "[1,300,256]" in out
     assert "copy" not in out

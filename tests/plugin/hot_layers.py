@@ -13,7 +13,7 @@ class HotLayers(Pass):
 
     name = "hot-layers"
     requires = ("placed",)
-    device: str = "cuda:0"
+    device: str = "gpu"
     budget: int = 8 << 30
 
     def run(self, gm: GraphModule, ctx: Context) -> GraphModule:
@@ -22,6 +22,6 @@ class HotLayers(Pass):
             if region.nbytes > left:
                 ctx.skip(region, f"needs {region.nbytes} bytes, {left} are left on {self.device}")
                 continue
-            region.place(self.device)
+            region.place(ctx.target[self.device].name)
             left -= region.nbytes
         return gm

@@ -4,13 +4,16 @@ RAN: dict[str, str] = {}
 """isa -> "native", "emulated", both, or the reason why it did not run."""
 
 
+_REALLY = ("native", "emulated", "native and emulated")
+
+
 def ran(isa: str, how: str) -> None:
     """Notes that tests of `isa` ran "native" or "emulated", or why they did not; what ran outlives a reason."""
     before = RAN.get(isa)
-    if before in ("native", "emulated") and how in ("native", "emulated") and how != before:
-        RAN[isa] = "native and emulated"
-    elif before is None or how in ("native", "emulated"):
-        RAN[isa] = how if before != "native and emulated" else before
+    if before in _REALLY and how in _REALLY:
+        RAN[isa] = before if before == how else "native and emulated"
+    elif before is None or how in _REALLY:
+        RAN[isa] = how
 
 
 def lines() -> list[str]:

@@ -72,7 +72,7 @@ class Target:
         if name in ("cpu", "gpu"):
             return self.host if name == "cpu" else self.main
         known = dict.fromkeys(["cpu", "gpu", *(d.name for d in self.devices)])
-        close = get_close_matches(name, known, 1, 0.4)
+        close = get_close_matches(name, known, 1, 0.6)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise RulesError(f"no device {name!r}; {hint}this target has {', '.join(known)}")
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from ktcompile import CapacityError, KtransError, ModelFileError, RulesError
+from ktcompile.backends import native
 from ktcompile.checkpoint import open_checkpoint
 from ktcompile.model import load
 from ktcompile.runtime import Executable, Store
-from ktcompile.target import cpu_features
 
 DATA = Path(__file__).parent / "data"
 EXPECTED = json.loads((DATA / "expected.json").read_text(encoding="utf-8"))
@@ -168,18 +168,8 @@ def test_fewer_experts(experts: int, tokenizer: PreTrainedTokenizerFast) -> None
 def test_bf16() -> None:
     """In bf16 experts run on the best unit that this CPU has; log-probabilities stay near those of fp32."""
     model = load(DATA / "tiny-deepseek-v3", dtype="bf16")
-    have = cpu_features()
-    best = next(
-        k
-        for k, needs in (
-            ("amx", {"amx_bf16", "avx512bw"}),
-            ("avx512_bf16", {"avx512_bf16", "avx512bw"}),
-            ("avx512", {"avx512bw", "avx512vl"}),
-            ("avx2", {"avx2", "fma"}),
-            ("scalar", set()),
-        )
-        if needs <= have
-    )
+    here = native.isas()
+    best = next(isa for isa in ("amx", "avx512_bf16", "avx512", "avx2", "scalar") if here[isa] is None)
     assert {r.kernel for plan in model.plans.values() for r in plan.rows if r.op == "moe"} == {best}
     off = torch.cat(
         [

@@ -201,8 +201,7 @@ class Encoded(Kernel):
         cost = plain_cost(region, self.packed_bytes(region))
         if region.op == "embed":
             return cost
-        plain = sum(int(value_of(w).nbytes) for w in region.weights.values())
-        return Cost(cost.nbytes + 2 * plain, cost.flops)  # decoded values are written and read
+        return Cost(cost.nbytes + 2 * region.decoded_bytes, cost.flops)  # decoded values are written and read
 
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         return pack_encoded(parts, region, target)

@@ -21,7 +21,7 @@ class Reference(Kernel):
         return None
 
     def packed_bytes(self, region: Region) -> int:
-        return sum(int(value_of(w).nbytes) for w in region.weights.values())
+        return region.decoded_bytes
 
     def cost(self, region: Region, target: Target) -> Cost:
         return plain_cost(region, self.packed_bytes(region))

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ktcompile.errors import CapacityError
-from ktcompile.ops.base import LIBRARY
+from ktcompile.ops.base import register
 from ktcompile.symbols import PAGE
 
 
@@ -101,29 +101,22 @@ def _mask_fake(page_table: Tensor, seq_len: Tensor, query_start: Tensor, positio
     return page_table.new_empty(1, 1, positions.shape[-1], columns, dtype=torch.bool)
 
 
-for _signature, _impl, _fake in (
-    (
-        "cache_append(Tensor(a!) pool, Tensor page_table, Tensor seq_len, Tensor query_start, Tensor first, "
-        "Tensor second) -> ()",
-        _append,
-        lambda *_: None,
-    ),
-    (
-        "cache_gather(Tensor pool, Tensor page_table, int heads, int first, int second, bool ragged) "
-        "-> (Tensor, Tensor)",
-        _gather,
-        _gather_fake,
-    ),
-    (
-        "ragged_mask(Tensor page_table, Tensor seq_len, Tensor query_start, Tensor positions, int page) -> Tensor",
-        _mask,
-        _mask_fake,
-    ),
-):
-    _name = _signature.split("(")[0]
-    LIBRARY.define(_signature)
-    LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ktrans::{_name}", _fake, lib=LIBRARY)
+register(
+    "cache_append(Tensor(a!) pool, Tensor page_table, Tensor seq_len, Tensor query_start, Tensor first, "
+    "Tensor second) -> ()",
+    _append,
+    lambda *_: None,
+)
+register(
+    "cache_gather(Tensor pool, Tensor page_table, int heads, int first, int second, bool ragged) -> (Tensor, Tensor)",
+    _gather,
+    _gather_fake,
+)
+register(
+    "ragged_mask(Tensor page_table, Tensor seq_len, Tensor query_start, Tensor positions, int page) -> Tensor",
+    _mask,
+    _mask_fake,
+)
 
 
 # ------------------------------------------------------------------------------------------------ the cache

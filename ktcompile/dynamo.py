@@ -10,7 +10,7 @@ from torch import fx
 from ktcompile.capture import annotate, annotate_weights, graph_limit, graph_number
 from ktcompile.errors import KtransError, RulesError
 from ktcompile.kernel import available
-from ktcompile.model import Phase, pipeline_for, run_pipeline, settings_of
+from ktcompile.model import PLANNED_TOKENS, Phase, pipeline_for, run_pipeline, settings_of
 from ktcompile.pipeline import near
 from ktcompile.plan import Plan
 from ktcompile.runtime import BorrowedStore, lower_borrowed
@@ -101,16 +101,16 @@ def _check_limit() -> None:
 
 
 def _step(gm: fx.GraphModule) -> tuple[Phase, int]:
-    """Phase and tokens a step, from the token ids `[B, S]`: S = 1 is decode; a symbolic size counts as 512 tokens."""
+    """Phase and tokens a step, from the token ids `[B, S]`: S = 1 is decode, a symbol a typical prefill."""
     for node in gm.graph.nodes:
         value = node.meta["val"]
         if node.op != "placeholder" or "input" not in node.meta or not isinstance(value, torch.Tensor):
             continue
         if value.dim() == 2 and value.dtype in (torch.int64, torch.int32):
             sizes = [s for s in value.shape if isinstance(s, int)]
-            tokens = sizes[0] * sizes[1] if len(sizes) == 2 else 512
+            tokens = sizes[0] * sizes[1] if len(sizes) == 2 else PLANNED_TOKENS["prefill"]
             return "decode" if isinstance(value.shape[1], int) and value.shape[1] == 1 else "prefill", tokens
-    return "prefill", 512
+    return "prefill", PLANNED_TOKENS["prefill"]
 
 
 def _model_name(gm: fx.GraphModule) -> str:

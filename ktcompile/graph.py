@@ -222,6 +222,11 @@ class Region:
         return packed if packed is not None else sum(stored_bytes(w) for w in self.weights.values())
 
     @property
+    def decoded_bytes(self) -> int:
+        """Bytes of its weights as values of the compute type."""
+        return sum(int(value_of(w).nbytes) for w in self.weights.values())
+
+    @property
     def effects(self) -> bool:
         """Whether it changes one of its inputs in place."""
         return bool(self.node.meta.get("effects"))

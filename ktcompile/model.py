@@ -28,6 +28,8 @@ from ktcompile.weights import ImaginedSource, MixedSource, ModuleSource, WeightS
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
+PLANNED_TOKENS: dict[Phase, int] = {"decode": 1, "prefill": 512}
+"""Tokens a step that a plan assumes where nobody says how many."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -198,7 +200,7 @@ def explain(
         imagined = ImaginedSource(shapes, encoding or "bf16", model.config.num_hidden_layers)
         checkpoint = replace(checkpoint, source=imagined)
     gm = capture_phase(model, phase, settings, checkpoint)
-    count = tokens or (1 if phase == "decode" else 512)
+    count = tokens or PLANNED_TOKENS[phase]
     _, plans = run_pipeline(gm, settings, checkpoint.name, phase, count, every=True, source=checkpoint.source)
     return plans
 
@@ -333,7 +335,7 @@ def load(
     for phase in PHASES:
         gm = capture_phase(hollow, phase, settings, checkpoint)
         graphs[phase], (plans[phase],) = run_pipeline(
-            gm, settings, checkpoint.name, phase, 1 if phase == "decode" else 512, source=checkpoint.source
+            gm, settings, checkpoint.name, phase, PLANNED_TOKENS[phase], source=checkpoint.source
         )
     check_one_layout(list(graphs.values()))
     tables = {k: b for k, b in hollow.named_buffers() if not b.isnan().any()}  # what the model computed itself

@@ -140,7 +140,7 @@ def wrong_binding(region: Region) -> str | None:
     """
     op = BY_NAME[region.op]
     weights = region.weights
-    if op.define is None or sum(value_of(w).nbytes for w in weights.values()) > PROVABLE_BYTES:
+    if op.define is None or region.decoded_bytes > PROVABLE_BYTES:
         return None
     known = sizes(region.graph_module, _TOKENS, _STORED + _TOKENS + 2 * PAGE)
     inputs = _inputs(region, known)

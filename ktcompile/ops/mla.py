@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from ktcompile.folding import Site
 from ktcompile.graph import argument, value_of
-from ktcompile.ops.base import LIBRARY, Binding, Bound, Op, calls, roles_of
+from ktcompile.ops.base import Binding, Bound, Op, calls, register, roles_of
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,13 @@ def _mla(
     )
 
 
-LIBRARY.define(
+register(
     "mla(Tensor hidden, Tensor cos, Tensor sin, Tensor(a!) pool, Tensor page_table, Tensor seq_len, "
     "Tensor query_start, Tensor[] weights, str[] names, int[] sizes, float scale, bool interleaved, "
-    "float eps) -> Tensor"
+    "float eps) -> Tensor",
+    _mla,
+    lambda hidden, *_: torch.empty_like(hidden),
 )
-LIBRARY.impl("mla", _mla, "CompositeExplicitAutograd")
-torch.library.register_fake("ktrans::mla", lambda hidden, *_: torch.empty_like(hidden), lib=LIBRARY)
 
 _LORA_Q = {"q_a_proj.weight", "q_a_layernorm.weight", "q_b_proj.weight"}
 _ALWAYS = {"kv_a_proj_with_mqa.weight", "kv_a_layernorm.weight", "kv_b_proj.weight", "o_proj.weight"}

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ktcompile.folding import Site
 from ktcompile.graph import value_of
-from ktcompile.ops.base import LIBRARY, Binding, Bound, Op, activation_of, calls, roles_of
+from ktcompile.ops.base import Binding, Bound, Op, activation_of, calls, register, roles_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -48,9 +48,11 @@ def moe(x: Tensor, ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor, a
     return out.to(x.dtype).view(x.shape)
 
 
-LIBRARY.define("moe(Tensor x, Tensor ids, Tensor scores, Tensor gate_up, Tensor down, str activation) -> Tensor")
-LIBRARY.impl("moe", moe, "CompositeExplicitAutograd")
-torch.library.register_fake("ktrans::moe", lambda x, *_: torch.empty_like(x), lib=LIBRARY)
+register(
+    "moe(Tensor x, Tensor ids, Tensor scores, Tensor gate_up, Tensor down, str activation) -> Tensor",
+    moe,
+    lambda x, *_: torch.empty_like(x),
+)
 
 
 def _bind(site: Site) -> Bound | None:

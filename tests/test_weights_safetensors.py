@@ -82,11 +82,6 @@ def test_specs(source: SafetensorsSource) -> None:
     assert source.spec("lm_head.weight").dtype == torch.bfloat16
 
 
-def test_reading_copies_nothing(source: SafetensorsSource) -> None:
-    part = source.parts("lm_head.weight")[0]
-    assert source.read(part).data_ptr() == source.read(part).data_ptr()
-
-
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 300), cols=st.integers(1, 300), block=st.sampled_from([16, 128]), fused=st.booleans())
 def test_partial_blocks(
@@ -276,4 +271,4 @@ def test_opening_reads_only_the_header(tmp_path: Path) -> None:
         file.truncate(file.seek(0, 2) + size)
     start = time.perf_counter()
     source = SafetensorsSource(path)
-    assert source.read(source.parts("w")[0])[-1].sum() == 0 and time.perf_counter() - start < 1
+    assert source.read(source.parts("w")[0].cut(0, 7, 8)).sum() == 0 and time.perf_counter() - start < 1

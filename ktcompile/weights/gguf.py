@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ktcompile.errors import ModelFileError
+from ktcompile.weights.file import ModelFile
 from ktcompile.weights.gguf_header import Stored, Value, read_header
-from ktcompile.weights.mapped import MappedFile
 from ktcompile.weights.names import ARCHITECTURES, Form, KeyValueHeads, Stacked
 from ktcompile.weights.source import Part, TensorSpec, combine, everywhere, missing
 
@@ -33,10 +33,10 @@ class GGUFSource:
         Raises ModelFileError if a file is missing or damaged, or the architecture is not known.
         """
         self.path = Path(path)
-        self._stored: dict[str, tuple[MappedFile, Stored]] = {}
+        self._stored: dict[str, tuple[ModelFile, Stored]] = {}
         metadata: Mapping[str, Value] | None = None
         for shard in _shards(self.path):
-            file = MappedFile(shard)
+            file = ModelFile(shard)
             header = read_header(file)
             metadata = header.metadata if metadata is None else metadata
             for name, stored in header.tensors.items():
@@ -65,13 +65,13 @@ class GGUFSource:
         return self._stack(key, form.names)
 
     def read(self, part: Part) -> Tensor:
-        """A view of the file: uint8 [..., rows, row_bytes] for block types, else f32, f16 or bf16 values."""
+        """The part as stored, read now: uint8 [..., rows, row_bytes] for block types, else f32, f16 or bf16."""
         file, stored = self._stored[part.name]
         dtype = _NATURAL.get(stored.type.name)
         if dtype is not None:
-            return file.tensor(stored.offset, stored.shape, dtype)[part.index]
+            return file.tensor(stored.offset, stored.shape, dtype, part.index)
         shape = (*stored.shape[:-1], stored.type.row_bytes(stored.shape[-1]))
-        return file.tensor(stored.offset, shape, torch.uint8)[part.index]
+        return file.tensor(stored.offset, shape, torch.uint8, part.index)
 
     def read_scale(self, part: Part) -> Tensor | None:
         """None: ggml keeps scales inside its blocks."""

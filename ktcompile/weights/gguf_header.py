@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ktcompile.errors import ModelFileError
 from ktcompile.weights import ggml
-from ktcompile.weights.mapped import MappedFile
+from ktcompile.weights.file import ModelFile
 
 Value = int | float | bool | str | list[str] | NDArray[np.generic]
 
@@ -27,6 +27,7 @@ MAX_HEADER_BYTES = 32 << 20  # the same vocabulary takes 5 MB
 MAX_NAME_BYTES = 1_024  # ggml allows 64 for a tensor
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
+_READ_BYTES = 1 << 18  # at a time, at least
 
 _SCALARS = {  # code in the file -> (name, struct format)
     0: ("uint8", "<B"),
@@ -63,7 +64,7 @@ class Header:
     tensors: Mapping[str, Stored]
 
 
-def read_header(file: MappedFile) -> Header:
+def read_header(file: ModelFile) -> Header:
     """Parse and check the header; ModelFileError names the file, the byte offset and the field.
 
     float32 metadata is given as the shortest decimal that rounds to it: 1e-06, not 9.99999997e-07.
@@ -163,18 +164,23 @@ def _place(cursor: "_Cursor", infos: list[_Info], data: int) -> dict[str, Stored
 class _Cursor:
     """A position in the header; every step is checked against what is left."""
 
-    def __init__(self, file: MappedFile) -> None:
+    def __init__(self, file: ModelFile) -> None:
         self.file = file
         self.pos = 0
         self.size = file.size_bytes
         self.limit = min(file.size_bytes, MAX_HEADER_BYTES)
         self.strings_left = MAX_STRINGS
+        self.data = b""  # the first bytes of the file, as many as were needed
 
     def fail(self, field: str, why: str, pos: int | None = None) -> NoReturn:
         raise ModelFileError(f"{self.file.path}: byte {self.pos if pos is None else pos}: {field[:200]}: {why}")
 
     def need(self, count: int, field: str) -> None:
+        """`count` bytes from here are in `data`, or an error."""
         if count <= self.limit - self.pos:
+            if self.pos + count > len(self.data):
+                more = max(self.pos + count, 2 * len(self.data), _READ_BYTES)
+                self.data += self.file.read(len(self.data), min(more, self.limit) - len(self.data))
             return
         what = "the file ends" if self.limit == self.size else f"a header may have {MAX_HEADER_BYTES} bytes"
         self.fail(field, f"needs {count} bytes, {self.limit - self.pos} are left ({what} at byte {self.limit})")
@@ -182,13 +188,13 @@ class _Cursor:
     def take(self, count: int, field: str) -> bytes:
         self.need(count, field)
         self.pos += count
-        return self.file.map[self.pos - count : self.pos]
+        return self.data[self.pos - count : self.pos]
 
     def number(self, form: str, field: str) -> int:
         size = struct.calcsize(form)
         self.need(size, field)
         self.pos += size
-        return cast(int, struct.unpack_from(form, self.file.map, self.pos - size)[0])
+        return cast(int, struct.unpack_from(form, self.data, self.pos - size)[0])
 
     def count(self, field: str, most: int, least_bytes: int) -> int:
         """A 64-bit count of things that take at least `least_bytes` each."""

@@ -33,8 +33,8 @@ class ModuleSource:
         return (Part(key, spec, everywhere(spec.shape)),)
 
     def read(self, part: Part) -> Tensor:
-        """The tensor itself, detached."""
-        return self._tensor(part.name).detach()
+        """A view of the tensor, detached."""
+        return self._tensor(part.name).detach()[part.index]
 
     def read_scale(self, part: Part) -> Tensor | None:
         """None: parameters in memory have no scales."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ktcompile.errors import ModelFileError
+from ktcompile.weights.file import Index, ModelFile
 from ktcompile.weights.json import load_json, parse_json
-from ktcompile.weights.mapped import MappedFile
-from ktcompile.weights.source import NATURAL, Part, TensorSpec, combine, everywhere, missing
+from ktcompile.weights.source import NATURAL, Part, TensorSpec, block_index, combine, everywhere, missing
 
 MAX_HEADER_BYTES = 32 << 20  # a shard of a 671B model has 100 KB
 MAX_INDEX_BYTES = 128 << 20  # 671B: 9 MB
@@ -36,7 +36,7 @@ _SCALE = "_scale_inv"
 class _Stored:
     """A tensor as a header describes it; `offset` counts from the start of the file."""
 
-    file: MappedFile
+    file: ModelFile
     dtype: str
     shape: tuple[int, ...]
     offset: int
@@ -62,7 +62,7 @@ class SafetensorsSource:
         self._stored: dict[str, _Stored] = {}
         self._strays: list[str] = []  # stored, but not in the index
         for shard, listed in _shards(self.path).items():
-            found = _read_header(MappedFile(shard))
+            found = _read_header(ModelFile(shard))
             absent = sorted(listed - found.keys()) if listed is not None else []
             if absent:
                 raise ModelFileError(
@@ -98,12 +98,14 @@ class SafetensorsSource:
         return self._fused(prefix, ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",))
 
     def read(self, part: Part) -> Tensor:
-        """A view of the file in its own dtype; FP8 as torch.float8_e4m3fn."""
-        return self._view(part.name)[part.index]
+        """The values of the part in their own dtype, read now; FP8 as torch.float8_e4m3fn."""
+        return self._read(part.name, part.index)
 
     def read_scale(self, part: Part) -> Tensor | None:
         """The fp32 scales of an FP8 part, [..., ceil(rows / block), ceil(cols / block)]; None for other encodings."""
-        return None if part.scale is None else self._view(part.scale)
+        if part.scale is None:
+            return None
+        return self._read(part.scale, block_index(part.index, len(self._stored[part.name].shape), self._block))
 
     def unused(self) -> tuple[str, ...]:
         """Stored tensors that no parameter of `keys` reads, such as those of a multi-token-prediction layer."""
@@ -166,9 +168,9 @@ class SafetensorsSource:
         encoding = f"fp8_block{self._block}"
         return TensorSpec(stored.shape, torch.float32, encoding, stored.nbytes + scales.nbytes), name + _SCALE
 
-    def _view(self, name: str) -> Tensor:
+    def _read(self, name: str, index: Index) -> Tensor:
         stored = self._stored[name]
-        return stored.file.tensor(stored.offset, stored.shape, _DTYPES[stored.dtype][0])
+        return stored.file.tensor(stored.offset, stored.shape, _DTYPES[stored.dtype][0], index)
 
 
 def _layer(key: str) -> int:
@@ -214,18 +216,18 @@ def _index(path: Path) -> dict[Path, set[str] | None]:
     return shards
 
 
-def _read_header(file: MappedFile) -> dict[str, _Stored]:
+def _read_header(file: ModelFile) -> dict[str, _Stored]:
     """Check and parse the header of one file: 8 bytes of length, JSON, data without holes or overlaps."""
     if file.size_bytes < 8:
         raise ModelFileError(f"{file.path}: {file.size_bytes} bytes; a safetensors file has at least 8")
-    length = int.from_bytes(file.map[:8], "little")
+    length = int.from_bytes(file.read(0, 8), "little")
     most = min(MAX_HEADER_BYTES, file.size_bytes - 8)
     if length > most:
         raise ModelFileError(
             f"{file.path}: byte 0: header length {length}; the file leaves {file.size_bytes - 8} bytes "
             f"and {MAX_HEADER_BYTES} are allowed"
         )
-    header = parse_json(file.map[8 : 8 + length], f"{file.path}: header")
+    header = parse_json(file.read(8, length), f"{file.path}: header")
     header.pop("__metadata__", None)
     data = 8 + length
     tensors = {name: _entry(file, name, info, data) for name, info in header.items()}
@@ -241,7 +243,7 @@ def _read_header(file: MappedFile) -> dict[str, _Stored]:
     return tensors
 
 
-def _entry(file: MappedFile, name: str, info: object, data: int) -> _Stored:
+def _entry(file: ModelFile, name: str, info: object, data: int) -> _Stored:
     where = f"{file.path}: header: {name[:200]!r}"
     if not isinstance(info, dict):
         raise ModelFileError(f"{where}: must be an object with dtype, shape and data_offsets")

@@ -2,8 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ktcompile.errors import ModelFileError
 from ktcompile.weights import ggml
+from ktcompile.weights.file import Index
 
 NATURAL = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}  # dtypes that are their own encoding
 
-_CHUNK_VALUES = 1 << 20  # decoded at a time: 4 MiB of fp32, a few times that in temporaries
+CHUNK_VALUES = 1 << 20  # decoded at a time: 4 MiB of fp32, a few times that in temporaries
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,37 @@ class Part:
 
     `spec.shape` is the shape as stored: after `index`, before `transpose`. `where` has a slice with explicit
     start and stop for every dimension of the parameter; leading dimensions of size one may be missing in the part.
+    Slices of both may have a step: rows of two stored tensors then alternate in the parameter.
     """
 
     name: str
     spec: TensorSpec
     where: tuple[slice, ...]
-    index: tuple[int | slice, ...] = ()  # of the stored tensor; () = all of it
+    index: Index = ()  # of the stored tensor; () = all of it
     transpose: bool = False  # swap the last two axes after reading
     scale: str | None = None  # name of the stored scales
+
+    def cut(self, axis: int, start: int, stop: int) -> "Part":
+        """The piece `start:stop` along an axis of `spec.shape`.
+
+        The last axis of a block type cannot be cut; rows and columns of scaled encodings begin at a scale block.
+        """
+        shape = self.spec.shape
+        size = shape[axis]
+        index = list(self.index)
+        at = _position(index, axis)
+        taken = index[at]
+        begin, step = (taken.start or 0, taken.step or 1) if isinstance(taken, slice) else (0, 1)
+        index[at] = slice(begin + start * step, begin + (stop - 1) * step + 1, step)
+        rank = len(shape)
+        swapped = {rank - 1: rank - 2, rank - 2: rank - 1} if self.transpose else {}
+        target = len(self.where) - rank + swapped.get(axis, axis)
+        where = list(self.where)
+        first, pace = where[target].start, where[target].step or 1
+        where[target] = slice(first + start * pace, first + (stop - 1) * pace + 1, pace)
+        nbytes = self.spec.nbytes * stop // size - self.spec.nbytes * start // size
+        spec = replace(self.spec, shape=(*shape[:axis], stop - start, *shape[axis + 1 :]), nbytes=nbytes)
+        return replace(self, spec=spec, where=tuple(where), index=tuple(index))
 
 
 class WeightSource(Protocol):
@@ -62,34 +86,124 @@ class WeightSource(Protocol):
         ...
 
     def read(self, part: Part) -> Tensor:
-        """A memory-mapped view of the raw encoding: uint8 [..., rows, row_bytes] for block types, else `natural`."""
+        """The raw encoding, read now: uint8 [..., rows, row_bytes] for block types, else the values as stored."""
         ...
 
     def read_scale(self, part: Part) -> Tensor | None:
-        """The scales of a part, [..., row_blocks, col_blocks], or None if its encoding has none beside it."""
+        """The scales of a part, [..., row blocks, column blocks], or None if its encoding has none beside it."""
         ...
 
 
-def values(source: WeightSource, key: str, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-    """Decode a whole parameter: fp32 arithmetic, then a cast to `dtype`, or into `out` in its own dtype.
+def values(
+    source: WeightSource,
+    key: str,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    where: tuple[slice, ...] | None = None,
+) -> Tensor:
+    """Decode a parameter: fp32 arithmetic, then a cast to `dtype`, or into `out` in its own dtype.
 
-    Working memory beside the result is a few MiB whatever the size of the parameter.
+    `where`: only this block of it, a slice with start and stop for every dimension. Working memory beside the result is
+    a few MiB whatever the size of the parameter.
     Raises ModelFileError for an unknown key, ValueError if `out` has another shape.
     """
-    shape = source.spec(key).shape
+    parts = source.parts(key)
+    where = where or everywhere(source.spec(key).shape)
+    shape = tuple(w.stop - w.start for w in where)
     if out is None:
         out = torch.empty(shape, dtype=dtype)
     if tuple(out.shape) != shape:
         raise ValueError(f"{key}: out has shape {tuple(out.shape)}, the parameter {shape}")
     with torch.no_grad():
-        for part in source.parts(key):
-            target = out[part.where]
-            if part.transpose:
-                target = target.transpose(-2, -1)
-            while target.dim() > len(part.spec.shape):
-                target = target.squeeze(0)
-            _decode_into(target, source.read(part), part.spec.encoding, source.read_scale(part))
+        for part in parts:
+            near = restricted(part, where)
+            for piece in () if near is None else pieces(near):
+                place = _overlap(piece.where, where)
+                if place is None:
+                    continue
+                inside, outside = place
+                found = decode(source.read(piece), piece.spec.encoding, source.read_scale(piece))
+                found = found.transpose(-2, -1) if piece.transpose else found
+                out[outside].copy_(found[inside[len(inside) - found.dim() :]])
     return out
+
+
+def pieces(part: Part, most: int = CHUNK_VALUES) -> Iterator[Part]:
+    """The part cut along its leading axes into pieces of at most `most` values, or one row (of scale blocks) each."""
+    shape = part.spec.shape
+    if math.prod(shape) <= most or len(shape) < 2:
+        yield part
+        return
+    if len(shape) > 2:
+        inner = math.prod(shape[1:])
+        step = max(1, most // inner)
+    else:
+        align = fp8_block(part.spec.encoding) if part.scale is not None else 1
+        step = max(1, most // shape[1] // align) * align
+    for start in range(0, shape[0], step):
+        piece = part.cut(0, start, min(start + step, shape[0]))
+        yield from pieces(_without_first(piece), most) if len(shape) > 2 and inner > most else (piece,)
+
+
+def _without_first(part: Part) -> Part:
+    """The same part with its leading axis of size one taken away."""
+    at = _position(index := list(part.index), 0)
+    taken = index[at]
+    assert isinstance(taken, slice)
+    index[at] = taken.start
+    return replace(part, spec=replace(part.spec, shape=part.spec.shape[1:]), index=tuple(index))
+
+
+def _position(index: list[int | slice], axis: int) -> int:
+    """Which entry of `index` (extended if it is too short) selects along `axis` of what it selects."""
+    kept = -1
+    for at, entry in enumerate(index):
+        kept += isinstance(entry, slice)
+        if kept == axis:
+            return at
+    index += [slice(0, None)] * (axis - kept)
+    return len(index) - 1
+
+
+def restricted(part: Part, where: tuple[slice, ...]) -> Part | None:
+    """The part without the leading entries (of all axes but the last two) that the block `where` does not need."""
+    place = _overlap(part.where, where)
+    if place is None:
+        return None
+    rank = len(part.spec.shape)
+    for axis in range(rank - 2):
+        span = place[0][len(part.where) - rank + axis]
+        if span.stop - span.start < part.spec.shape[axis]:
+            part = part.cut(axis, span.start, span.stop)
+    return part
+
+
+def _overlap(piece: tuple[slice, ...], where: tuple[slice, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """What two blocks of a parameter share: as slices of the piece, and of `where`; None if nothing."""
+    inside, outside = [], []
+    for mine, wanted in zip(piece, where, strict=True):
+        step = mine.step or 1
+        first = max(0, -(-(wanted.start - mine.start) // step))
+        last = min(len(range(mine.start, mine.stop, step)), -(-(wanted.stop - mine.start) // step))
+        if first >= last:
+            return None
+        inside.append(slice(first, last))
+        begin = mine.start + first * step - wanted.start
+        outside.append(slice(begin, begin + (last - first - 1) * step + 1, step))
+    return tuple(inside), tuple(outside)
+
+
+def block_index(index: Index, rank: int, block: int) -> Index:
+    """The index of the scales [..., row blocks, column blocks] that belongs to an index of a tensor of that rank."""
+    out: list[int | slice] = []
+    for axis, entry in enumerate(index):
+        if axis < rank - 2:
+            out.append(entry)
+            continue
+        if not isinstance(entry, slice) or (entry.start or 0) % block or (entry.step or 1) != 1:
+            raise ValueError(f"index {index}: blocks of {block} with one scale cannot be cut there")
+        out.append(slice((entry.start or 0) // block, None if entry.stop is None else -(-entry.stop // block)))
+    return tuple(out)
 
 
 def encoding(source: WeightSource, key: str) -> str:
@@ -148,22 +262,3 @@ def missing(key: str, where: str, known: Iterable[str]) -> ModelFileError:
     near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.6)
     hint = f"; near matches: {', '.join(near)}" if near else ""
     return ModelFileError(f"{where}: no parameter {key!r}{hint}")
-
-
-def _decode_into(target: Tensor, raw: Tensor, encoding: str, scale: Tensor | None) -> None:
-    """Decode `raw` into `target` of the same leading shape, a bounded number of values at a time."""
-    if raw.dim() > 2:
-        for i in range(raw.shape[0]):
-            _decode_into(target[i], raw[i], encoding, None if scale is None else scale[i])
-        return
-    if raw.dim() < 2:
-        target.copy_(decode(raw, encoding))
-        return
-    step = max(1, _CHUNK_VALUES // max(1, target.shape[-1]))
-    if scale is not None:  # chunks begin where scale blocks do
-        block = fp8_block(encoding)
-        step = max(1, step // block) * block
-    for start in range(0, raw.shape[0], step):
-        rows = slice(start, start + step)
-        part = None if scale is None else scale[start // block : -(-(start + step) // block)]
-        target[rows].copy_(decode(raw[rows], encoding, part))

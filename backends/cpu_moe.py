@@ -1,6 +1,7 @@
 """Routed experts on the CPU through csrc/: one kernel an instruction set, all of them over one packed layout."""
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_o
 from ktcompile.backends import native
 from ktcompile.backends.reference import plain_cost
 from ktcompile.target import cpu_features
-from ktcompile.weights import WeightSource, decode
+from ktcompile.weights import Part, WeightSource, decode, each, pieces, values
 
 _NEEDS = {
     "scalar": frozenset[str](),
@@ -112,7 +113,8 @@ class CpuMoe(Kernel):
 
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         shape, types = region.binding.shape, _matrices(region)
-        packed = {m: _pack(parts, m, shape, types[m]) for m in _MATRICES}
+        threads = target[region.home or ""].threads
+        packed = {m: _pack(parts, m, shape, types[m], threads) for m in _MATRICES}
         weights = native.MoeWeights(
             shape.experts,
             shape.hidden,
@@ -139,39 +141,64 @@ class CpuMoe(Kernel):
         return y.to(x.dtype).view(x.shape)
 
 
-def _pack(parts: Parts, matrix: str, shape: Any, dst: str) -> Tensor:
-    """One of gate, up, down of all experts, `[E, bytes]`, each stored part read once and converted into its place."""
+def _pack(parts: Parts, matrix: str, shape: Any, dst: str, threads: int) -> Tensor:
+    """One of gate, up, down of all experts, `[E, bytes]`: pieces are read and converted into place in parallel."""
     key = parts["down_proj" if matrix == "down" else "gate_up_proj"]
     rows, cols = (shape.hidden, shape.width) if matrix == "down" else (shape.width, shape.hidden)
     first = shape.width if matrix == "up" else 0
     out = torch.empty(shape.experts, native.packed_bytes(dst, rows, cols), dtype=torch.uint8)
-    row_bytes = out.shape[1] // rows
-    for part in parts.source.parts(key):
-        experts, span = part.where[0], part.where[1]
-        begin, end = max(span.start, first), min(span.stop, first + rows)
-        if begin >= end:
-            continue
-        raw, scale = parts.source.read(part), parts.source.read_scale(part)
-        if part.transpose:
-            raw = raw.transpose(-2, -1)
-        raw = raw.reshape(-1, *raw.shape[-2:])  # [experts of the part, rows, ...]
-        scale = None if scale is None else scale.reshape(-1, *scale.shape[-2:])
-        for i, expert in enumerate(range(experts.start, experts.stop)):
-            lines = slice(begin - span.start, end - span.start)
-            place = out[expert, (begin - first) * row_bytes : (end - first) * row_bytes]
-            _convert(raw[i, lines], part.spec.encoding, dst, None if scale is None else scale[i], lines, cols, place)
+
+    def convert(piece: Part) -> None:
+        raw, scale = parts.source.read(piece), parts.source.read_scale(piece)
+        if piece.spec.encoding not in native.SOURCES:
+            raw, scale = decode(raw, piece.spec.encoding, scale), None
+        encoding = piece.spec.encoding if raw.dtype != torch.float32 else "f32"
+        place = _rows_of(out, piece.where, first, rows)
+        raw = raw.reshape(len(place), -1, raw.shape[-1])
+        scale = None if scale is None else scale.reshape(len(place), -1, scale.shape[-1])
+        for i, target in enumerate(place):
+            blocks = None if scale is None else scale[i].float().contiguous()
+            native.pack(raw[i].contiguous(), encoding, dst, raw.shape[1], cols, blocks, target)
+
+    def decoded(where: tuple[slice, ...]) -> None:
+        found = values(parts.source, key, where=where)[0]
+        native.pack(found, "f32", dst, rows, cols, None, _rows_of(out, where, first, rows)[0])
+
+    whole, apart = _split(parts.source.parts(key), first, rows)
+    each(convert, (piece for part in whole for piece in pieces(part)), threads)
+    lines, across = slice(first, first + rows), slice(0, cols)
+    each(decoded, ((slice(e, e + 1), lines, across) for e in apart), threads)
     return out
 
 
-def _convert(raw: Tensor, encoding: str, dst: str, scale: Tensor | None, lines: slice, cols: int, out: Tensor) -> None:
-    rows = raw.shape[0]
-    if scale is not None and (encoding != "fp8_block128" or lines.start % 128):
-        raise ValueError(f"cannot pack {encoding} from row {lines.start}: scale blocks of 128 rows must stay whole")
-    if encoding in native.SOURCES:
-        at = None if scale is None else scale[lines.start // 128 : -(-lines.stop // 128)].float().contiguous()
-        native.pack(raw.contiguous(), encoding, dst, rows, cols, at, out)
-        return
-    native.pack(decode(raw, encoding, scale).contiguous(), "f32", dst, rows, cols, None, out)
+def _split(parts: Sequence[Part], first: int, rows: int) -> tuple[list[Part], list[int]]:
+    """The parts of `rows` rows from `first` that can be converted as stored; and the experts that cannot.
+
+    Those are stored transposed, have rows that alternate with others, or scale blocks that reach over the first row.
+    """
+    whole: list[Part] = []
+    apart: set[int] = set()
+    for part in parts:
+        span = part.where[1]
+        begin, end = max(span.start, first), min(span.stop, first + rows)
+        if begin >= end:
+            continue
+        plain = not part.transpose and all((w.step or 1) == 1 for w in part.where)
+        known = part.scale is None or (part.spec.encoding == "fp8_block128" and (begin - span.start) % 128 == 0)
+        if not plain or not known:
+            apart.update(range(part.where[0].start, part.where[0].stop))
+        elif (begin, end) == (span.start, span.stop):
+            whole.append(part)
+        else:
+            whole.append(part.cut(len(part.spec.shape) - 2, begin - span.start, end - span.start))
+    return [p for p in whole if p.where[0].start not in apart], sorted(apart)
+
+
+def _rows_of(out: Tensor, where: tuple[slice, ...], first: int, rows: int) -> list[Tensor]:
+    """The bytes of the rows `where`, of each of its experts."""
+    row_bytes = out.shape[1] // rows
+    span = slice((where[1].start - first) * row_bytes, (where[1].stop - first) * row_bytes)
+    return [out[expert, span] for expert in range(where[0].start, where[0].stop)]
 
 
 class Scalar(CpuMoe):

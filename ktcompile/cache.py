@@ -1,6 +1,6 @@
 """PagedCache: a transformers Cache over pages, ragged or rectangular; latents (MLA) or keys and values (GQA)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ktcompile.errors import CapacityError
+from ktcompile.errors import CapacityError, ModelFileError
 from ktcompile.ops.base import register
 from ktcompile.symbols import PAGE
 
@@ -37,6 +37,22 @@ def row_layout(config: PretrainedConfig) -> RowLayout:
         return RowLayout("latent", 1, config.kv_lora_rank, config.qk_rope_head_dim)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return RowLayout("keys/values", config.num_key_value_heads, dim, dim)
+
+
+def windows(config: PretrainedConfig) -> dict[str, int | None]:
+    """How many of the last positions, its own one counted, a token sees, by kind of layer; None: all of them.
+
+    The kinds are those of `layer_types`; where a configuration has no such list all layers are of the kind "". Raises
+    ModelFileError for a kind that needs more than keys and values of earlier tokens.
+    """
+    window = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return {"": window}
+    known = {"full_attention": None, "sliding_attention": window}
+    if unknown := [k for k in kinds if k not in known]:
+        raise ModelFileError(f"layer_types has {unknown[0]!r}; known are {', '.join(known)}")
+    return {kind: known[kind] for kind in dict.fromkeys(kinds)}
 
 
 # ------------------------------------------------------------------------------------------------ torch ops
@@ -85,18 +101,25 @@ def _gather_fake(
     return pool.new_empty(batch, heads, length, first), pool.new_empty(batch, heads, length, second)
 
 
-def _mask(page_table: Tensor, seq_len: Tensor, query_start: Tensor, positions: Tensor, page: int) -> Tensor:
+def _mask(
+    page_table: Tensor, seq_len: Tensor, query_start: Tensor, positions: Tensor, page: int, window: int | None = None
+) -> Tensor:
     requests, width = page_table.shape[0], page_table.shape[1] * page
     tokens = positions.shape[-1]
     row = torch.arange(tokens, device=page_table.device)
     request = torch.searchsorted(query_start[1:].contiguous(), row, right=True)  # [T]
     last = seq_len[request] + row - query_start[request]
     column = torch.arange(requests * width, device=page_table.device)
-    same = (column // width) == request[:, None]
-    return (same & (column % width <= last[:, None]))[None, None]  # [1, 1, T, R P page]
+    position = column % width
+    seen = (column // width == request[:, None]) & (position <= last[:, None])
+    if window is not None:
+        seen &= position > last[:, None] - window
+    return seen[None, None]  # [1, 1, T, R P page]
 
 
-def _mask_fake(page_table: Tensor, seq_len: Tensor, query_start: Tensor, positions: Tensor, page: int) -> Tensor:
+def _mask_fake(
+    page_table: Tensor, seq_len: Tensor, query_start: Tensor, positions: Tensor, page: int, window: int | None = None
+) -> Tensor:
     columns = page_table.shape[0] * page_table.shape[1] * page
     return page_table.new_empty(1, 1, positions.shape[-1], columns, dtype=torch.bool)
 
@@ -114,6 +137,12 @@ register(
 )
 register(
     "ragged_mask(Tensor page_table, Tensor seq_len, Tensor query_start, Tensor positions, int page) -> Tensor",
+    _mask,
+    _mask_fake,
+)
+register(  # an op of its own: `ragged_mask` is the mark by which attention is known to see all that came before
+    "ragged_window_mask(Tensor page_table, Tensor seq_len, Tensor query_start, Tensor positions, int page, "
+    "int window) -> Tensor",
     _mask,
     _mask_fake,
 )
@@ -189,7 +218,7 @@ class PagedCache(Cache):
         devices = [device] * count if isinstance(device, (str, torch.device)) else list(device)
         self.requests, self.ragged, self.row = requests, ragged, row_layout(config)
         self.pages_each = -(-context // PAGE)
-        self.context = context
+        self.context, self.dtype = context, dtype
         self.columns = 0
         self.lengths = [0] * requests
         self.counts = [0] * requests
@@ -229,6 +258,24 @@ class PagedCache(Cache):
     def advance(self) -> None:
         """The announced tokens are stored."""
         self.lengths = [n + c for n, c in zip(self.lengths, self.counts, strict=True)]
+
+    def masks(self, positions: Tensor, kinds: Mapping[str, int | None], additive: bool) -> Tensor | dict[str, Tensor]:
+        """What each token of a ragged step sees, `[1, 1, T, R * capacity]`: one mask, or one by kind where they differ.
+
+        `kinds`: see `windows`. Booleans; if `additive`, what eager attention adds to its scores: 0 or the least number.
+        """
+        made = {window: self._mask(positions, window, additive) for window in kinds.values()}
+        if len(made) == 1:  # every model takes one mask; only those with several kinds take a mapping
+            return made[next(iter(made))]
+        return {kind: made[window] for kind, window in kinds.items()}
+
+    def _mask(self, positions: Tensor, window: int | None, additive: bool) -> Tensor:
+        tables = self.page_table, self.seq_len, self.query_start, positions, PAGE
+        op = torch.ops.ktrans
+        seen: Tensor = op.ragged_mask(*tables) if window is None else op.ragged_window_mask(*tables, window)
+        if not additive:
+            return seen
+        return torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)
 
     def clear(self) -> None:
         """Forget every token; memory stays."""

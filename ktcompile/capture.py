@@ -3,13 +3,13 @@
 import gc
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ktcompile.errors import KtransError, ModelFileError
@@ -169,12 +169,26 @@ def graph_limit() -> int:
 
 
 def graph_number() -> int:
-    """The number, from 1, of the graph that dynamo compiles now among those of its function. Seen in torch 2.13."""
-    current = torch._guards.CompileContext.current_compile_id()
-    return 1 + (current.frame_compile_id or 0) if current else 1
+    """The number, from 1, of the graph that dynamo compiles now, to be compared with `graph_limit`.
+
+    Counted are the graphs that dynamo holds of the function, as it counts itself: not the compilations that failed. All
+    attempts together have a limit of their own, 256: the nearer one decides. Seen in torch 2.11 and 2.13.
+    """
+    attempt = torch._guards.CompileContext.current_compile_id()
+    if attempt is None:
+        return 1
+    code = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.root_tx.f_code
+    held = len(torch._dynamo.eval_frame._debug_get_cache_entry_list(code))
+    spare = int(torch._dynamo.config.accumulated_recompile_limit) - graph_limit()
+    return 1 + max(held, (attempt.frame_compile_id or 0) - spare)
 
 
 # ------------------------------------------------------------------------------------- models without weights
+
+
+def attention_of(cls: type[PreTrainedModel]) -> Literal["sdpa", "eager"]:
+    """The attention implementation that a class is captured with: sdpa where it can (gpt-oss cannot: it has sinks)."""
+    return "sdpa" if cls._supports_sdpa else "eager"
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -184,9 +198,10 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     used by mistake without showing. Rotary tables are real. Raises ModelFileError for an unknown architecture.
     """
     try:
+        cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), PreTrainedModel)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", experts_implementation=EXPERTS
+                config, dtype=dtype, attn_implementation=attention_of(cls), experts_implementation=EXPERTS
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFileError(
@@ -218,6 +233,11 @@ def _nan(like: Tensor, dtype: torch.dtype) -> Tensor:
 def weight_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
     """The placeholders that are parameters or buffers."""
     return (n for n in gm.graph.nodes if n.op == "placeholder" and "weight" in n.meta)
+
+
+def computed(names: Iterable[str]) -> list[str]:
+    """Those of the weights' names that the model computes itself and no file has: rotary tables."""
+    return [name for name in names if name.rsplit(".", 1)[-1].endswith("inv_freq")]
 
 
 def annotate_weights(gm: fx.GraphModule, source: WeightSource | None, known: Sequence[str] = ()) -> None:

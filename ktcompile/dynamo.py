@@ -2,22 +2,25 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from ktcompile.capture import annotate, annotate_weights, graph_limit, graph_number
+from ktcompile.capture import annotate, annotate_weights, computed, graph_limit, graph_number, weight_nodes
+from ktcompile.checkpoint import open_checkpoint
 from ktcompile.errors import KtransError, RulesError
 from ktcompile.kernel import available
 from ktcompile.model import PLANNED_TOKENS, Phase, pipeline_for, run_pipeline, settings_of
 from ktcompile.pipeline import near
 from ktcompile.plan import Plan
-from ktcompile.runtime import BorrowedStore, lower_borrowed
+from ktcompile.runtime import BorrowedStore, Store, lower_borrowed
 from ktcompile.target import Target, detect
 
-OPTIONS = ("rules", "experts", "ranking", "target", "name")
-"""What `options=` may hold: a rules file, experts to keep and their ranking, a Target, a name for the page."""
+OPTIONS = ("rules", "experts", "ranking", "target", "name", "weights")
+"""What `options=` may hold: a rules file, experts to keep and their ranking, a Target, a name for the page; weights: a
+GGUF file, a folder or a WeightSource that is read instead of the model's own parameters."""
 
 
 @dataclass
@@ -26,6 +29,7 @@ class _Compiled:
 
     target: Target
     store: BorrowedStore
+    stored: Store | None
     plans: list[Plan] = field(default_factory=list)
 
 
@@ -52,6 +56,7 @@ def ktrans(
 ) -> Callable[..., Any]:
     """Compile one dynamo graph: fold, place, copy, choose kernels, and run with the model's own parameters.
 
+    Where nothing that the graph is called with is on a GPU, all of it stays on the CPU: a cache is never moved.
     Raises RulesError for options that do not fit, KtransError before dynamo would fall back to eager in silence.
     """
     given = dict(options or {})
@@ -59,9 +64,10 @@ def ktrans(
         raise RulesError(
             f"torch.compile(backend='ktrans', options=...): no option {unknown[0]!r}; {near(unknown[0], OPTIONS)}"
         )
-    compiled = _shared(given)
+    compiled = _shared(given, any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in example_inputs))
     annotate(gm)
-    annotate_weights(gm, None)
+    source = compiled.stored.source if compiled.stored else None
+    annotate_weights(gm, source, computed(n.meta["weight"] for n in weight_nodes(gm)))
     if not any(n.meta["stack"] for n in gm.graph.nodes):
         return gm.forward  # no module was called: nothing to place
     if not any(cls.endswith("Experts") for n in gm.graph.nodes for _, cls in n.meta["stack"]):
@@ -75,17 +81,24 @@ def ktrans(
     phase, tokens = _step(gm)
     folded, (plan,) = run_pipeline(gm, settings, str(given.get("name", _model_name(gm))), phase, tokens)
     compiled.plans.append(plan)
-    return lower_borrowed(folded, plan, compiled.store).flat
+    return lower_borrowed(folded, plan, compiled.store, compiled.stored).flat
 
 
-def _shared(options: Mapping[str, Any]) -> _Compiled:
+def _shared(options: Mapping[str, Any], gpu: bool) -> _Compiled:
     target = options.get("target")
     if target is not None and not isinstance(target, Target):
         raise RulesError(f"option target is a {type(target).__name__}; wanted a ktcompile.Target")
-    key = tuple((k, str(options[k])) for k in sorted(options))
+    key = gpu, *((k, str(options[k])) for k in sorted(options))
     if key not in _COMPILED:
-        real = target or detect()
-        _COMPILED[key] = _Compiled(real, BorrowedStore(real, available()))
+        here = detect()
+        real = target or (here if gpu else Target((here.host,)))
+        kernels = available()
+        weights = options.get("weights")
+        source = open_checkpoint(weights).source if isinstance(weights, str | Path) else weights
+        if source is None and weights is not None:
+            raise RulesError(f"option weights: {weights} has a configuration and no weights")
+        stored = None if source is None else Store(source, real, kernels)
+        _COMPILED[key] = _Compiled(real, BorrowedStore(real, kernels), stored)
     return _COMPILED[key]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ktcompile.errors import PassError
+from ktcompile.fake import run_fake
 
 GLUE = "glue"
 _INPLACE = {
@@ -367,7 +368,6 @@ def _run_fake(region: Region, args: Sequence[Any]) -> Any:
     if mode is None:
         return region.node.meta["val"]
     try:
-        with mode, torch.no_grad():
-            return fx.Interpreter(region.body).run(*args)
+        return run_fake(region.body, mode, args)
     except Exception as error:
         raise PassError(f"{region.path}: its code does not fit the values it reads: {error}") from error

@@ -12,8 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ktcompile.cache import PagedCache
-from ktcompile.capture import annotate_weights, capture, empty_model
+from ktcompile.cache import PagedCache, windows
+from ktcompile.capture import annotate_weights, attention_of, capture, computed, empty_model
 from ktcompile.checkpoint import Checkpoint, open_checkpoint
 from ktcompile.errors import KtransError, RulesError
 from ktcompile.graph import regions, short
@@ -22,7 +22,6 @@ from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_p
 from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Store, check_one_layout, lower
-from ktcompile.symbols import PAGE
 from ktcompile.target import Target, detect
 from ktcompile.weights import ImaginedSource, MixedSource, ModuleSource, WeightSource
 
@@ -98,13 +97,23 @@ def settings_of(target: Target, pipeline: Pipeline) -> Settings:
 # ------------------------------------------------------------------------------------------------ plans
 
 
-def _step(model: PreTrainedModel, ids: Tensor, positions: Tensor, cache: PagedCache, keep: Tensor) -> Tensor:
-    """What is captured: ragged ids `[1, T]`, explicit positions, `keep` the rows whose logits are wanted."""
-    mask = torch.ops.ktrans.ragged_mask(cache.page_table, cache.seq_len, cache.query_start, positions, PAGE)
+def _step(
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    cache: PagedCache,
+    keep: Tensor,
+    kinds: Mapping[str, int | None],
+) -> Tensor:
+    """What is captured: ragged ids `[1, T]`, explicit positions, `keep` the rows whose logits are wanted.
+
+    `kinds`: the window of each kind of layer.
+    """
+    masks = cache.masks(positions, kinds, additive=attention_of(type(model)) == "eager")
     logits: Tensor = model(
         input_ids=ids,
         position_ids=positions,
-        attention_mask=mask,
+        attention_mask=masks,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=keep,
@@ -135,9 +144,8 @@ def capture_phase(model: PreTrainedModel, phase: Phase, settings: Settings, chec
             (positions, 1),
             (keep, 0),
         ]
-    gm = capture(_step, (model, ids, positions, cache, keep), dynamic)
-    known = [k for k, _ in model.named_buffers() if k.rsplit(".", 1)[-1].endswith("inv_freq")]
-    annotate_weights(gm, checkpoint.source, known)
+    gm = capture(_step, (model, ids, positions, cache, keep, windows(model.config)), dynamic)
+    annotate_weights(gm, checkpoint.source, computed(k for k, _ in model.named_buffers()))
     return gm
 
 

@@ -73,12 +73,13 @@ class BorrowedStore:
 class _Step(nn.Module):
     """One region: its kernel, called on weights that the store packed."""
 
-    def __init__(self, kernel: Kernel, packed: Packed, call: Call) -> None:
+    def __init__(self, kernel: Kernel, packed: Packed, region: Region, call: Call) -> None:
         super().__init__()
         self.kernel, self.packed, self.call = kernel, packed, call
+        self.inputs = len(region.inputs)
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.kernel(self.packed, self.call, *inputs)
+    def forward(self, *args: Any) -> Any:
+        return self.kernel(self.packed, self.call, *args[: self.inputs])
 
 
 class _BorrowedStep(nn.Module):
@@ -134,7 +135,7 @@ def lower(gm: fx.GraphModule, plan: Plan, store: Store, progress: Progress | Non
         nonlocal done
         if progress:
             progress(region.name, done, total)
-        made = _Step(store.kernels[str(region.kernel)], store.get(region), _call(region, store.target))
+        made = _Step(store.kernels[str(region.kernel)], store.get(region), region, _call(region, store.target))
         done += region.nbytes
         return made
 
@@ -149,14 +150,20 @@ def lower(gm: fx.GraphModule, plan: Plan, store: Store, progress: Progress | Non
     return Executable(plan, lowered, inputs, devices)
 
 
-def lower_borrowed(gm: fx.GraphModule, plan: Plan, store: BorrowedStore) -> Executable:
-    """Replace every region by its kernel; the graph keeps its parameters as arguments."""
-    lowered = _lower(
-        gm,
-        lambda region: _BorrowedStep(store.kernels[str(region.kernel)], store, region, _call(region, store.target)),
-        weights=True,
-    )
-    return Executable(plan, lowered)
+def lower_borrowed(gm: fx.GraphModule, plan: Plan, store: BorrowedStore, stored: Store | None = None) -> Executable:
+    """Replace every region by its kernel; the graph keeps its parameters as arguments.
+
+    Regions whose weights all come from the source of `stored` read them from there.
+    """
+
+    def step(region: Region) -> nn.Module:
+        kernel, call = store.kernels[str(region.kernel)], _call(region, store.target)
+        weights = region.weights.values()
+        if stored is not None and weights and all("source" in w.meta for w in weights):
+            return _Step(kernel, stored.get(region), region, call)
+        return _BorrowedStep(kernel, store, region, call)
+
+    return Executable(plan, _lower(gm, step, weights=True))
 
 
 def _call(region: Region, target: Target) -> Call:

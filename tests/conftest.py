@@ -6,8 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-if not torch.cuda.is_available():  # before triton is imported: it reads this once
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: it reads this once; 0 on a GPU's own run
 
 from collections.abc import Callable
 from importlib import import_module

@@ -106,7 +106,7 @@ def test_lossy_modes_are_named(ktrans):
         (("chat", "-p", "a", "--dtype", "fp23"), ("fp23", "did you mean")),
         (("chat", "-p", "a", "--experts", "0"), ("keep = 0", "1 to 8")),
         (("chat", "-p", "a", "--cpu-threads", "99999"), ("99999 CPU threads",)),
-        (("chat", "-p", "a", "--experts", "x"), ("--experts", "integer")),
+        (("chat", "-p", "a", "--experts", "x"), ("--experts", "valid int")),
         (("chat", "-p", "a", "--experts", "9"), ("keep = 9", "1 to 8")),
         (("chat", "-p", " "), ("prompt is empty",)),
         (("explain", "--gpu", "24"), ("'24'", "24G")),

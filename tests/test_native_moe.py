@@ -376,4 +376,5 @@ def test_amx_under_the_emulator(tmp_path):
 
 def environment(**more: str) -> dict[str, str]:
     tests = Path(__file__).parent
-    return {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", **more}
+    path = os.pathsep.join(filter(None, (str(tests.parent), str(tests), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **more}

@@ -16,7 +16,25 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-_CONFIGS = {
+_CONFIGS: dict[str, dict[str, object]] = {
+    "deepseek_v2": {
+        "num_key_value_heads": 4,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "n_routed_experts": 16,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.0,
+    },
     "deepseek_v3": {
         "num_key_value_heads": 4,
         "intermediate_size": 128,
@@ -36,6 +54,15 @@ _CONFIGS = {
         "norm_topk_prob": True,
         "rope_scaling": None,
     },
+    "qwen2_moe": {
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+    },
     "qwen3_moe": {
         "num_key_value_heads": 2,
         "head_dim": 16,
@@ -52,6 +79,32 @@ _CONFIGS = {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
+    "olmoe": {
+        "num_key_value_heads": 4,
+        "intermediate_size": 32,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+    },
+    "gpt_oss": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "swiglu_limit": 1.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 128,
+        },
+    },
     "glm4_moe": {
         "num_key_value_heads": 2,
         "head_dim": 16,
@@ -66,7 +119,8 @@ _CONFIGS = {
         "norm_topk_prob": True,
     },
 }
-FAMILIES = tuple(_CONFIGS)
+FAMILIES = ("deepseek_v3", "qwen3_moe", "mixtral", "glm4_moe")
+"""Those that are compiled in every way; the others have the same operations, but gpt_oss."""
 
 
 def config(family: str, **changes: object) -> PretrainedConfig:

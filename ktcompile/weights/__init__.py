@@ -4,6 +4,7 @@ from ktcompile.weights.gguf import GGUFSource
 from ktcompile.weights.imagined import ENCODINGS, ImaginedSource
 from ktcompile.weights.mixed import MixedSource
 from ktcompile.weights.module import ModuleSource
+from ktcompile.weights.parallel import each
 from ktcompile.weights.safetensors import SafetensorsSource
 from ktcompile.weights.source import (
     Part,
@@ -12,6 +13,7 @@ from ktcompile.weights.source import (
     decode,
     encoding,
     fp8_block,
+    pieces,
     stored_bytes,
     values,
 )
@@ -27,8 +29,10 @@ __all__ = [
     "TensorSpec",
     "WeightSource",
     "decode",
+    "each",
     "encoding",
     "fp8_block",
+    "pieces",
     "stored_bytes",
     "values",
 ]

@@ -1,4 +1,4 @@
-"""The native CPU kernels of csrc/kt.h, with tensors for pointers: routed experts, packing, and the worker pool.
+"""The native kernels of csrc/kt.h, with tensors for pointers: routed experts, packing, quantisers, worker pool.
 
 The caller chooses the instruction set ("isa") by name. Results depend on the precision family only (`FAMILY`), up to
 the order of sums; tests/tolerances.py has one bound a family. Tensors are on the CPU. The extension is loaded at first
@@ -34,6 +34,9 @@ TYPES = ("f32", "bf16", "q8_0", "q5_0", "q4_k", "q6_k")
 
 SOURCES = (*TYPES, "f16", "fp8_block128")
 """Types `pack` reads; "fp8_block128" is e4m3 with a float32 scale for each 128 x 128 block."""
+
+QUANTIZERS = ("q8_0", "q4_0", "q5_0", "q4_k", "q5_k", "q6_k", "fp8_block128")  # in the order of kt_quant
+"""Types `quantize` writes."""
 
 _ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx")  # in the order of kt_isa
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order of kt_activation
@@ -164,6 +167,36 @@ def pack(
 def dequantize(raw: Tensor, type: str, rows: int, cols: int) -> Tensor:
     """The float32 [rows, cols] values of a matrix of any source type but "fp8_block128"."""
     return pack(raw, type, "f32", rows, cols).view(torch.float32).view(rows, cols)
+
+
+def quantize(x: Tensor, dst: str, out: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Rounds a finite float32 [rows, cols] to a type of `QUANTIZERS`: uint8 [rows, row bytes], in `out` if given.
+
+    For "fp8_block128" returns float8_e4m3fn [rows, cols] and the scales, float32 [ceil(rows / 128), ceil(cols / 128)].
+    Runs on the calling thread, without the interpreter's lock; the bytes are the same on every CPU. Values beyond what
+    fp16 scales reach (8e6 for q8_0) are clipped. ValueError names what does not fit. Methods: csrc/quantize.c.
+    """
+    lib = _native().lib
+    number = _index("quantizer", dst, QUANTIZERS)
+    if x.dim() != 2 or not x.numel():
+        raise ValueError(f"x is {tuple(x.shape)}, not [rows, cols]")
+    rows, cols = x.shape
+    _need("x", x, torch.float32, (rows, cols))
+    nbytes = int(lib.kt_quant_bytes(number, rows, cols))
+    if not nbytes:
+        raise ValueError(f"{cols} columns are no multiple of the block of {dst}")
+    if out is None:
+        out = torch.empty(rows, nbytes // rows, dtype=torch.uint8)
+    _need("out", out, torch.uint8, (rows, nbytes // rows))
+    scales = torch.empty(-(-rows // 128), -(-cols // 128)) if dst == "fp8_block128" else None
+    scales_pointer = _native().ffi.NULL if scales is None else _pointer("float", scales)
+    status = lib.kt_quantize(number, rows, cols, _pointer("float", x), _pointer("void", out), scales_pointer)
+    if status == lib.KT_BAD_ARGUMENT:
+        row, col = (~x.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"x[{row}, {col}] is {x[row, col].item()}, and {dst} holds finite values only")
+    if status:
+        raise ValueError(f"cannot quantize to {dst}: {_error(status)}")
+    return out if scales is None else (out.view(torch.float8_e4m3fn), scales)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,8 @@ SOURCES = (
     "pool",
     "cpu",
     "pack",
+    "quantize",
+    "quantize_k",
     "moe",
     "moe_scalar",
     "moe_avx2",

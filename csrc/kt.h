@@ -114,4 +114,24 @@ size_t kt_moe_scratch_bytes(const kt_pool *pool, const kt_moe *moe, int isa, siz
  * number of threads: not in one bit. */
 int kt_moe_run(kt_pool *pool, const kt_moe *moe, int isa, size_t n_tokens, size_t top_k, const float *x,
                const int64_t *ids, const float *scores, float *y, void *scratch, size_t scratch_bytes);
+
+/* What kt_quantize writes: ggml's blocks along the last axis, or e4m3 as in KT_FP8_BLOCK128. */
+typedef enum kt_quant {
+    KT_QUANT_Q8_0,    /* 32 weights in 34 bytes  */
+    KT_QUANT_Q4_0,    /* 32 weights in 18 bytes  */
+    KT_QUANT_Q5_0,    /* 32 weights in 22 bytes  */
+    KT_QUANT_Q4_K,    /* 256 weights in 144 bytes */
+    KT_QUANT_Q5_K,    /* 256 weights in 176 bytes */
+    KT_QUANT_Q6_K,    /* 256 weights in 210 bytes */
+    KT_QUANT_FP8,
+    KT_QUANT_COUNT
+} kt_quant;
+
+/* Bytes that kt_quantize writes; 0 if there is no such type, or cols is no multiple of its block. */
+size_t kt_quant_bytes(int type, size_t rows, size_t cols);
+
+/* Quantises a row-major matrix on the calling thread; the same bytes on every CPU. src is finite, else
+ * KT_BAD_ARGUMENT, and dst is partly written. scales: for KT_QUANT_FP8 only, written, [ceil(rows/128), ceil(cols/128)],
+ * weight = byte * scale; else null. src, dst and scales must not overlap. */
+int kt_quantize(int type, size_t rows, size_t cols, const float *src, void *dst, float *scales);
 #endif

@@ -4,7 +4,7 @@ The only file here that imports transformers. Nothing that a model brings along 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.resources import files
@@ -14,9 +14,11 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from ktcompile.errors import ModelFileError
 from ktcompile.gguf_config import Fields, config_fields, generation_fields
+from ktcompile.graph import matches
 from ktcompile.tokenizer import special_tokens, tokenizer_from_gguf
-from ktcompile.weights import GGUFSource, SafetensorsSource, WeightSource
+from ktcompile.weights import GGUFSource, MixedSource, SafetensorsSource, WeightSource
 from ktcompile.weights.json import load_json
+from ktcompile.weights.quantization import scale_block
 
 EMBEDDED = "tiny-deepseek-v3-Q4_K_M.gguf"
 
@@ -47,7 +49,12 @@ _LIMITS = {  # field -> (least, most); far above any model, low enough that noth
     "topk_group": (1, 1 << 16),
     "first_k_dense_replace": (0, 4096),
 }
+_SAME_AS = {"kimi_k2": "deepseek_v3"}  # model_type of a repository that brings its own code -> the class it is
 _NOT_DATA = ("auto_map", "attn_implementation", "experts_implementation", "quantization_config")
+
+
+ROUTED_EXPERTS = ("*.mlp.experts.*",)
+"""What a GGUF file beside a folder gives, whatever the folder has."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +74,24 @@ class Checkpoint:
         return self.load_tokenizer()
 
 
-def open_checkpoint(model: str | Path | None = None, gguf: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path | None = None,
+    gguf: str | Path | None = None,
+    from_gguf: Sequence[str] = ROUTED_EXPERTS,
+) -> Checkpoint:
     """Open a model; reads headers and small JSON files, no weights.
 
     `model` is a .gguf file, which has everything in it, or a folder with config.json, tokenizer.json and safetensors
-    (the last may be absent). `gguf` takes the weights from a GGUF file instead of the folder. Neither: the embedded
-    tiny DeepSeek-V3.
+    (the last may be absent). Neither: the embedded tiny DeepSeek-V3.
+    `gguf` beside a folder gives the parameters whose names match a glob of `from_gguf`, by default the routed experts,
+    and all that the folder's safetensors lack; `("*",)` takes all from it.
     Raises ModelFileError if a file is missing, damaged, not known or does not fit the others.
     """
     if model is None:
         return _open_gguf(Path(gguf) if gguf is not None else Path(str(files("ktcompile.assets") / EMBEDDED)))
     path = Path(model)
     if path.is_dir():
-        return _open_folder(path, None if gguf is None else Path(gguf))
+        return _open_folder(path, None if gguf is None else Path(gguf), from_gguf)
     if gguf is not None:
         raise ModelFileError(f"{path}: beside gguf={str(gguf)!r} the model must be a folder with config.json")
     return _open_gguf(path)
@@ -92,14 +104,14 @@ def _open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(
         name=name if isinstance(name, str) and name else path.stem,
         path=where,
-        config=_config(config_fields(source.metadata, where), where),
+        config=_config(config_fields(source.metadata, where, source.stored()), where),
         source=source,
         generation=_generation(generation_fields(source.metadata, where), where),
         load_tokenizer=partial(_gguf_tokenizer, source, where),
     )
 
 
-def _open_folder(path: Path, gguf: Path | None) -> Checkpoint:
+def _open_folder(path: Path, gguf: Path | None, from_gguf: Sequence[str]) -> Checkpoint:
     config_path = path / "config.json"
     if not config_path.is_file():
         inside = sorted(p.name for p in path.glob("*.gguf"))
@@ -107,22 +119,27 @@ def _open_folder(path: Path, gguf: Path | None) -> Checkpoint:
         raise ModelFileError(f"{path}: no config.json in this folder; {hint}")
     fields = load_json(config_path, MAX_CONFIG_BYTES)
     config = _config(fields, str(config_path))
-    source: WeightSource | None = None
+    sources: list[WeightSource] = []
+    if any(path.glob("*.safetensors*")):
+        block = scale_block(fields.get("quantization_config"), str(config_path))
+        sources.append(SafetensorsSource(path, block=block, layers=config.num_hidden_layers))
     if gguf is not None:
-        source = _matching_gguf(gguf, config, config_path)
-    elif any(path.glob("*.safetensors*")):
-        block = _fp8_block(fields.get("quantization_config"), str(config_path))
-        source = SafetensorsSource(path, block=block, layers=config.num_hidden_layers)
+        sources.append(_matching_gguf(gguf, config, config_path))
     defaults = path / "generation_config.json"
     chosen = load_json(defaults, MAX_CONFIG_BYTES) if defaults.is_file() else _ids(config)
     return Checkpoint(
         name=path.resolve().name,
         path=str(path),
         config=config,
-        source=source,
+        source=_mixed(sources, from_gguf) if len(sources) > 1 else next(iter(sources), None),
         generation=_generation(chosen, str(defaults)),
         load_tokenizer=partial(_folder_tokenizer, path),
     )
+
+
+def _mixed(sources: Sequence[WeightSource], from_second: Sequence[str]) -> MixedSource:
+    """Two sources as one; the second gives what matches one of the globs."""
+    return MixedSource(*sources, prefer=lambda key: int(any(matches(key, pattern) for pattern in from_second)))
 
 
 def _gguf_source(path: Path) -> GGUFSource:
@@ -138,7 +155,7 @@ def _gguf_source(path: Path) -> GGUFSource:
 def _matching_gguf(path: Path, config: PretrainedConfig, config_path: Path) -> GGUFSource:
     """The GGUF file, checked to be of the same sizes as the folder's configuration."""
     source = _gguf_source(path)
-    stored = config_fields(source.metadata, str(path))
+    stored = config_fields(source.metadata, str(path), source.stored())
     for name in ("model_type", *_LIMITS):
         ours, theirs = getattr(config, name, None), stored.get(name)
         if name != "max_position_embeddings" and ours is not None and theirs is not None and ours != theirs:
@@ -156,7 +173,7 @@ def _config(fields: Mapping[str, object], where: str) -> PretrainedConfig:
         )
     _check(fields, where)
     try:
-        config: PretrainedConfig = AutoConfig.for_model(model_type, **kept)
+        config: PretrainedConfig = AutoConfig.for_model(_SAME_AS.get(model_type, model_type), **kept)
     except Exception as error:  # config classes raise whatever they like about a field; all of it is about this file
         raise ModelFileError(f"{where}: no valid {model_type!r} configuration: {str(error)[:400]}") from error
     _check(config.to_dict(), where)  # again, with the defaults of the class
@@ -191,22 +208,6 @@ def _check_numbers(fields: Mapping[str, object], where: str, prefix: str) -> Non
     for name, value in fields.items():
         if isinstance(value, float) and (not math.isfinite(value) or value < 0):
             raise ModelFileError(f"{where}: {prefix}{name} is {value}; a finite number from 0 up is needed")
-
-
-def _fp8_block(quantization: object, where: str) -> int:
-    """Side of the FP8 scale blocks; 128 if the weights are not quantised."""
-    if quantization is None:
-        return 128
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    if not isinstance(quantization, Mapping) or method != "fp8":
-        raise ModelFileError(f"{where}: quantization_config: quant_method is {str(method)[:80]!r}; fp8 is known")
-    size = quantization.get("weight_block_size")
-    square = isinstance(size, list) and len(size) == 2 and size[0] == size[1]
-    if not isinstance(size, list) or not square or type(size[0]) is not int or not 1 <= size[0] <= 1 << 16:
-        raise ModelFileError(
-            f"{where}: quantization_config: weight_block_size is {str(size)[:80]}; a square such as [128, 128] is known"
-        )
-    return size[0]
 
 
 def _ids(config: PretrainedConfig) -> Fields:

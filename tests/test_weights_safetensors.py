@@ -1,4 +1,4 @@
-"""safetensors: fused experts, FP8 blocks, the index, laziness, hostile files."""
+"""safetensors: names of every family, fused experts, FP8 blocks, the index, laziness, hostile files."""
 # ruff: noqa: SIM118  (a weight source has keys(), but is no mapping to iterate over)
 
 import json
@@ -9,6 +9,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,9 +18,19 @@ from safetensors.torch import save_file
 
 from ktcompile.errors import ModelFileError
 from ktcompile.weights import SafetensorsSource, encoding, stored_bytes, values
-from ktcompile.weights.safetensors import INDEX
+from ktcompile.weights.safetensors_header import INDEX
 
 FP8 = Path(__file__).parent / "data" / "tiny-deepseek-v3"
+ARCHITECTURES = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,22 +134,81 @@ def test_missing_expert(tmp_path: Path) -> None:
 def test_experts_of_different_sizes(tmp_path: Path) -> None:
     tensors = {f"mlp.experts.{e}.down_proj.weight": torch.zeros(4, 4 + e) for e in range(2)}
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelFileError, match=r"hold 36 values, shape .* needs 40"):
+    with pytest.raises(ModelFileError, match=r"'mlp.experts.1.down_proj.weight' has shape \[4, 5\], 'mlp.experts.0"):
         SafetensorsSource(tmp_path).spec("mlp.experts.down_proj")
 
 
+def test_experts_that_are_no_matrices(tmp_path: Path) -> None:
+    save_file({"mlp.experts.0.down_proj.weight": torch.zeros(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelFileError, match="experts are matrices of one shape"):
+        SafetensorsSource(tmp_path).parts("mlp.experts.down_proj")
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_parameters_of_every_family(tmp_path: Path, family: str) -> None:
+    """`save_pretrained` writes the names and tensors that repositories have."""
+    model = tiny.model(family)
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    source = SafetensorsSource(tmp_path)
+    assert (tmp_path / INDEX).exists() and source.unused() == ()
+    want = model.state_dict()
+    assert set(source.keys()) == set(want)
+    for key, tensor in want.items():
+        assert source.spec(key).shape == tensor.shape and torch.equal(values(source, key), tensor), key
+
+
+def test_mixtral_as_first_published(tmp_path: Path) -> None:
+    prefix = "model.layers.0.block_sparse_moe"
+    experts = {f"{prefix}.experts.{e}.{w}.weight": torch.randn(4, 4) for e in range(2) for w in ("w1", "w2", "w3")}
+    save_file(experts | {f"{prefix}.gate.weight": torch.ones(2, 4)}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    at = "model.layers.0.mlp"
+    assert set(source.keys()) == {f"{at}.experts.gate_up_proj", f"{at}.experts.down_proj", f"{at}.gate.weight"}
+    gate, down, up = (
+        torch.stack([experts[f"{prefix}.experts.{e}.{w}.weight"] for e in range(2)]) for w in ("w1", "w2", "w3")
+    )
+    assert torch.equal(values(source, f"{at}.experts.gate_up_proj"), torch.cat([gate, up], 1))
+    assert torch.equal(values(source, f"{at}.experts.down_proj"), down)
+
+
+def test_block_sparse_moe_of_another_model_keeps_its_name(tmp_path: Path) -> None:
+    key = "model.layers.0.block_sparse_moe.router.weight"
+    save_file({key: torch.ones(2)}, tmp_path / "model.safetensors")
+    assert list(SafetensorsSource(tmp_path).keys()) == [key]
+
+
+def test_tables_that_the_model_computes_are_unused(tmp_path: Path) -> None:
+    table = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({"a": torch.ones(2), table: torch.ones(2)}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    assert list(source.keys()) == ["a"] and source.unused() == (table,)
+
+
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("first", "second"),
     [
-        ({"w": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, "is FP8, but there is no 'w_scale_inv'"),
-        ({"w": torch.zeros(4, 4).to(torch.float8_e4m3fn), "w_scale_inv": torch.zeros(2, 1)}, r"need F32 \[1, 1\]"),
-        ({"w": torch.zeros(4, 4, dtype=torch.int64)}, "'w' is I64; known are"),
+        ("a.experts.down_proj", "a.experts.0.down_proj.weight"),
+        ("a.experts.0.down_proj.weight", "a.experts.down_proj"),
+        ("a.experts.0.down_proj.weight", "a.experts.0.w2.weight"),
+        ("a.experts.0.down_proj.weight", "a.experts.00.down_proj.weight"),
+        ("a.weight", "a.weight_packed"),
+        ("a.block_sparse_moe.experts.0.w1.weight", "a.mlp.experts.0.gate_proj.weight"),
     ],
 )
-def test_tensors_that_cannot_be_decoded(tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelFileError, match=message):
-        SafetensorsSource(tmp_path).parts("w")
+def test_parameters_that_are_there_twice(tmp_path: Path, first: str, second: str) -> None:
+    for name in (first, second):
+        save_file({name: torch.ones(2, 8, dtype=torch.int32)}, tmp_path / f"{name}.safetensors")
+    names = {name: f"{name}.safetensors" for name in (first, second)}
+    with pytest.raises(ModelFileError) as caught:
+        SafetensorsSource(with_index(tmp_path, names))
+    assert (
+        "is stored twice" in str(caught.value)
+        and repr(first) in str(caught.value)
+        and repr(second) in str(caught.value)
+    )
 
 
 # ---- hostile files

@@ -14,6 +14,7 @@ from ktcompile.weights.source import (
     encoding,
     fp8_block,
     pieces,
+    size_of,
     stored_bytes,
     values,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "encoding",
     "fp8_block",
     "pieces",
+    "size_of",
     "stored_bytes",
     "values",
 ]

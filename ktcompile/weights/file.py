@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -61,10 +62,11 @@ class ModelFile:
         found = raw.view(dtype).reshape(sizes)[tuple(rest)]
         return found.reshape((*kept, *found.shape))
 
-    def _bytes(self, offset: int, count: int) -> Tensor:
-        out = torch.empty(count, dtype=torch.uint8)
+    def into(self, offset: int, out: Tensor) -> None:
+        """Fill `out`, contiguous uint8 on the CPU, with the bytes from `offset` on; errors as for `read`."""
+        count = out.numel()
         if not count:
-            return out
+            return
         try:
             if self._stat() != self._state:
                 raise ModelFileError(f"{self.path}: was written to after it was opened; open the model again")
@@ -80,6 +82,19 @@ class ModelFile:
                 done += got
         except OSError as error:
             raise ModelFileError(f"{self.path}: byte {offset}: cannot be read: {error.strerror}") from error
+
+    def fingerprint(self) -> bytes:
+        """A hash of its size, time of change, first bytes and 64 samples of the rest."""
+        digest = blake2b(repr(self._state).encode(), digest_size=20)
+        digest.update(self.read(0, min(self.size_bytes, 64 << 10)))
+        for i in range(64):
+            offset = self.size_bytes * i // 64
+            digest.update(self.read(offset, min(4096, self.size_bytes - offset)))
+        return digest.digest()
+
+    def _bytes(self, offset: int, count: int) -> Tensor:
+        out = torch.empty(count, dtype=torch.uint8)
+        self.into(offset, out)
         return out
 
     def _stat(self) -> tuple[int, int]:

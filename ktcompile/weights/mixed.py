@@ -1,20 +1,30 @@
-"""Several sources as one: the first that has a parameter gives it."""
+"""Several sources as one: each parameter comes from the first that has it, or from the one that is preferred."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
+from ktcompile.weights.file import ModelFile
 from ktcompile.weights.source import Part, TensorSpec, WeightSource, missing
 
 
 class MixedSource:
     """Parameters of several sources. A part's name starts with the number of its source: `1:blk.0.attn_q.weight`."""
 
-    def __init__(self, *sources: WeightSource) -> None:
+    def __init__(self, *sources: WeightSource, prefer: Callable[[str], int] = lambda key: 0) -> None:
+        """`prefer(key)`: the number of the source that gives a parameter, if it has it; else the first that does."""
         self._sources = sources
-        listed = [(i, list(source.keys())) for i, source in enumerate(sources)]
-        self._owner = {key: i for i, keys in reversed(listed) for key in keys}
+        self._owner: dict[str, int] = {}
+        for number, source in enumerate(sources):
+            for key in source.keys():  # noqa: SIM118  (a weight source is no mapping)
+                if key not in self._owner or prefer(key) == number:
+                    self._owner[key] = number
+
+    @property
+    def files(self) -> Sequence[ModelFile]:
+        """The open files of all sources."""
+        return tuple(file for source in self._sources for file in getattr(source, "files", ()))
 
     def keys(self) -> Iterable[str]:
         """Names of the parameters of all sources."""

@@ -27,7 +27,7 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    encoding: str  # "f32", "f16", "bf16", "fp8_block128", "q4_k", …; several joined by "+"
+    encoding: str  # "f32", "bf16", "fp8_block128", "fp8_row", "int4_group32", "q4_k", …; several joined by "+"
     nbytes: int
 
 
@@ -50,7 +50,8 @@ class Part:
     def cut(self, axis: int, start: int, stop: int) -> "Part":
         """The piece `start:stop` along an axis of `spec.shape`.
 
-        The last axis of a block type cannot be cut; rows and columns of scaled encodings begin at a scale block.
+        Columns (the last axis) can be cut only in encodings of single values; rows, and columns of FP8 blocks, begin at
+        a scale block.
         """
         shape = self.spec.shape
         size = shape[axis]
@@ -86,11 +87,11 @@ class WeightSource(Protocol):
         ...
 
     def read(self, part: Part) -> Tensor:
-        """The raw encoding, read now: uint8 [..., rows, row_bytes] for block types, else the values as stored."""
+        """The raw encoding, read now: uint8 [..., rows, row_bytes] for block types, else what `decode` says."""
         ...
 
     def read_scale(self, part: Part) -> Tensor | None:
-        """The scales of a part, [..., row blocks, column blocks], or None if its encoding has none beside it."""
+        """The scales of a part as `decode` says, or None if its encoding has none beside it."""
         ...
 
 
@@ -138,7 +139,7 @@ def pieces(part: Part, most: int = CHUNK_VALUES) -> Iterator[Part]:
         inner = math.prod(shape[1:])
         step = max(1, most // inner)
     else:
-        align = fp8_block(part.spec.encoding) if part.scale is not None else 1
+        align = fp8_block(part.spec.encoding) if part.spec.encoding.startswith("fp8_block") else 1
         step = max(1, most // shape[1] // align) * align
     for start in range(0, shape[0], step):
         piece = part.cut(0, start, min(start + step, shape[0]))
@@ -219,21 +220,37 @@ def stored_bytes(source: WeightSource, key: str) -> int:
 def decode(raw: Tensor, encoding: str, scale: Tensor | None = None) -> Tensor:
     """Decode raw rows to fp32: [..., rows, row_bytes] of a block type or [..., rows, cols] of any other.
 
-    `scale` is [..., ceil(rows / b), ceil(cols / b)] for "fp8_block<b>": value = fp8 * scale of its block.
+    `scale` goes with these: value = stored * its scale, rounded once.
+    - "fp8_block<b>": [..., ceil(rows / b), ceil(cols / b)], one for each square block of b x b.
+    - "fp8_row": [..., rows, 1], one for each row.
+    - "int4_group<g>": [..., rows, cols / g]; raw is int32 [..., rows, cols / 8] with eight values in each, the first in
+      the lowest four bits, stored = those bits - 8 (compressed-tensors' "pack-quantized").
     """
-    if scale is not None:
-        block = fp8_block(encoding)
-        rows, cols = raw.shape[-2:]
-        wide = scale.float().repeat_interleave(block, -2)[..., :rows, :]
-        return raw.float() * wide.repeat_interleave(block, -1)[..., :cols]
-    if encoding in ggml.BY_NAME and raw.dtype == torch.uint8:
-        return torch.from_numpy(ggml.BY_NAME[encoding].decode(raw.numpy()))
-    return raw.to(torch.float32)
+    if scale is None:
+        if encoding in ggml.BY_NAME and raw.dtype == torch.uint8:
+            return torch.from_numpy(ggml.BY_NAME[encoding].decode(raw.numpy()))
+        return raw.to(torch.float32)
+    scale = scale.float()
+    if encoding == "fp8_row":
+        return raw.float() * scale
+    if encoding.startswith("int4_group"):
+        pairs = raw.contiguous().view(torch.uint8)
+        stored = torch.stack((pairs & 15, pairs >> 4), -1).view(torch.int8).flatten(-2) - 8  # [..., rows, cols]
+        return (stored.float().view(*scale.shape, int4_group(encoding)) * scale[..., None]).flatten(-2)
+    block = fp8_block(encoding)
+    rows, cols = raw.shape[-2:]
+    wide = scale.repeat_interleave(block, -2)[..., :rows, :]
+    return raw.float() * wide.repeat_interleave(block, -1)[..., :cols]
 
 
 def fp8_block(encoding: str) -> int:
     """Side of the square scale blocks of "fp8_block<b>"."""
     return int(encoding.removeprefix("fp8_block"))
+
+
+def int4_group(encoding: str) -> int:
+    """Values of a row that share a scale in "int4_group<g>"."""
+    return int(encoding.removeprefix("int4_group"))
 
 
 def combine(key: str, parts: Sequence[Part]) -> TensorSpec:
@@ -250,6 +267,15 @@ def combine(key: str, parts: Sequence[Part]) -> TensorSpec:
         dtype = torch.promote_types(dtype, part.spec.dtype)
     names = dict.fromkeys(p.spec.encoding for p in parts)
     return TensorSpec(shape, dtype, "+".join(names), sum(p.spec.nbytes for p in parts))
+
+
+def size_of(shape: Sequence[int], encoding: str) -> int:
+    """Bytes of a tensor of that shape in a natural, block or FP8 encoding, scales included."""
+    count = math.prod(shape)
+    if encoding.startswith("fp8_block"):
+        block = fp8_block(encoding)
+        return count + 4 * math.prod(shape[:-2]) * -(-shape[-2] // block) * -(-shape[-1] // block)
+    return count // shape[-1] * ggml.BY_NAME[encoding].row_bytes(shape[-1])
 
 
 def everywhere(shape: Iterable[int]) -> tuple[slice, ...]:

@@ -1,7 +1,7 @@
 """Routed experts on the CPU through csrc/: one kernel an instruction set, all of them over one packed layout."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -41,6 +41,11 @@ def stored_as(encoding: str, compute: torch.dtype) -> str:
     return "f32" if compute == torch.float32 else "bf16"
 
 
+def _leaf(matrix: str) -> str:
+    """The parameter that gate, up or down is in."""
+    return "down_proj" if matrix == "down" else "gate_up_proj"
+
+
 def _matrices(region: Region) -> dict[str, str]:
     """The packed type of gate, up and down; remembered on the region, since every kernel asks."""
     known: dict[str, str] | None = region.node.meta.get("moe_types")
@@ -50,7 +55,7 @@ def _matrices(region: Region) -> dict[str, str]:
         width = region.binding.shape.width
         known = {}
         for name in _MATRICES:
-            node = weights["down_proj" if name == "down" else "gate_up_proj"]
+            node = weights[_leaf(name)]
             source: WeightSource | None = node.meta.get("source")
             if source is None:
                 found = {str(node.meta["encoding"])}
@@ -62,7 +67,8 @@ def _matrices(region: Region) -> dict[str, str]:
                     for p in parts
                     if span is None or (p.where[-2].start < span[1] and p.where[-2].stop > span[0])
                 }
-            types = {stored_as(e, compute) for e in found}
+            wanted = region.quantized.get(_leaf(name))
+            types = {wanted} if wanted else {stored_as(e, compute) for e in found}
             known[name] = types.pop() if len(types) == 1 else "f32"
         region.node.meta["moe_types"] = known
     return known
@@ -79,6 +85,7 @@ class CpuMoe(Kernel):
     op = "moe"
     device = "cpu"
     layout = "rows"
+    quantizes = tuple(t for t in native.QUANTIZERS if t in native.TYPES)
     isa: ClassVar[str]
 
     def missing(self) -> str | None:
@@ -111,25 +118,33 @@ class CpuMoe(Kernel):
     def cost(self, region: Region, target: Target) -> Cost:
         return plain_cost(region, self.packed_bytes(region))
 
+    def cache_key(self, region: Region) -> str | None:
+        return f"{region.binding.shape} {_matrices(region)}"
+
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         shape, types = region.binding.shape, _matrices(region)
         threads = target[region.home or ""].threads
-        packed = {m: _pack(parts, m, shape, types[m], threads) for m in _MATRICES}
+        quantized = {m: _leaf(m) in region.quantized for m in _MATRICES}
+        packed = {m: _pack(parts, m, shape, types[m], threads, quantized[m]) for m in _MATRICES}
+        return self.restore(packed, region, target)
+
+    def restore(self, tensors: Mapping[str, Tensor], region: Region, target: Target) -> Packed:
+        shape, types = region.binding.shape, _matrices(region)
         weights = native.MoeWeights(
             shape.experts,
             shape.hidden,
             shape.width,
             shape.activation,
-            packed["gate"],
-            packed["up"],
-            packed["down"],
+            tensors["gate"],
+            tensors["up"],
+            tensors["down"],
             types["gate"],
             types["up"],
             types["down"],
         )
         return Packed(
             self.layout,
-            packed,
+            tensors,
             (weights, shared_pool(target[region.home or ""].threads or len(os.sched_getaffinity(0)))),
         )
 
@@ -141,12 +156,19 @@ class CpuMoe(Kernel):
         return y.to(x.dtype).view(x.shape)
 
 
-def _pack(parts: Parts, matrix: str, shape: Any, dst: str, threads: int) -> Tensor:
+def _pack(parts: Parts, matrix: str, shape: Any, dst: str, threads: int, quantized: bool) -> Tensor:
     """One of gate, up, down of all experts, `[E, bytes]`: pieces are read and converted into place in parallel."""
-    key = parts["down_proj" if matrix == "down" else "gate_up_proj"]
+    key = parts[_leaf(matrix)]
     rows, cols = (shape.hidden, shape.width) if matrix == "down" else (shape.width, shape.hidden)
     first = shape.width if matrix == "up" else 0
     out = torch.empty(shape.experts, native.packed_bytes(dst, rows, cols), dtype=torch.uint8)
+
+    def put(raw: Tensor, encoding: str, count: int, scale: Tensor | None, target: Tensor) -> None:
+        if not quantized or encoding == dst:
+            native.pack(raw, encoding, dst, count, cols, scale, target)
+            return
+        wide = native.pack(raw, encoding, "f32", count, cols, scale).view(torch.float32).view(count, cols)
+        native.quantize(wide, dst, target.view(count, -1))
 
     def convert(piece: Part) -> None:
         raw, scale = parts.source.read(piece), parts.source.read_scale(piece)
@@ -158,11 +180,11 @@ def _pack(parts: Parts, matrix: str, shape: Any, dst: str, threads: int) -> Tens
         scale = None if scale is None else scale.reshape(len(place), -1, scale.shape[-1])
         for i, target in enumerate(place):
             blocks = None if scale is None else scale[i].float().contiguous()
-            native.pack(raw[i].contiguous(), encoding, dst, raw.shape[1], cols, blocks, target)
+            put(raw[i].contiguous(), encoding, raw.shape[1], blocks, target)
 
     def decoded(where: tuple[slice, ...]) -> None:
         found = values(parts.source, key, where=where)[0]
-        native.pack(found, "f32", dst, rows, cols, None, _rows_of(out, where, first, rows)[0])
+        put(found, "f32", rows, None, _rows_of(out, where, first, rows)[0])
 
     whole, apart = _split(parts.source.parts(key), first, rows)
     each(convert, (piece for part in whole for piece in pieces(part)), threads)

@@ -1,16 +1,18 @@
 """encoded: any region on a GPU, its weights kept in the encoding of the model file and decoded at each call."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, regions, value_of
+from ktcompile.backends import native
 from ktcompile.backends.reference import plain_cost
 from ktcompile.graph import remembered
 from ktcompile.verify import gib, used
-from ktcompile.weights import Part, WeightSource, fp8_block, values
+from ktcompile.weights import Part, TensorSpec, WeightSource, each, fp8_block, size_of, values
 
 # ------------------------------------------------------------------------------------------------ decoders
 # uint8 blocks [n, block bytes] to float32 [n, block values], on any device. Formats: ggml-quants.c of llama.cpp.
@@ -110,14 +112,17 @@ def keepable(source: WeightSource | None, key: str) -> bool:
     return (
         len(parts) <= 2
         and not any(p.transpose for p in parts)
-        and all(p.spec.encoding in DECODERS or p.scale is not None for p in parts)
+        and all(p.spec.encoding in DECODERS or p.spec.encoding.startswith("fp8_block") for p in parts)
     )
 
 
 def encoded_bytes(region: Region) -> int:
-    """Bytes of a region's weights with everything that can stay encoded left so."""
+    """Bytes of a region's weights with everything that can stay encoded left so, or quantised if that is asked for."""
     total = 0
-    for node in region.weights.values():
+    for leaf, node in region.weights.items():
+        if leaf in region.quantized:
+            total += region.weight_bytes(leaf)
+            continue
         stays = keepable(node.meta.get("source"), node.meta["weight"])
         total += int(node.meta["nbytes"]) if stays else int(value_of(node).nbytes)
     return total
@@ -125,6 +130,8 @@ def encoded_bytes(region: Region) -> int:
 
 def wasteful(region: Region, target: Target) -> str | None:
     """Why a region's weights should rather be decoded once, or None."""
+    if region.quantized:
+        return None
     if not any(keepable(w.meta.get("source"), w.meta["weight"]) for w in region.weights.values()):
         return "none of its weights is quantised as a whole"
     home = str(region.home)
@@ -144,6 +151,9 @@ def pack_encoded(parts: Parts, region: Region, target: Target) -> Packed:
     tensors: dict[str, Tensor] = {}
     plan: dict[str, tuple[Part, ...]] = {}
     for leaf, key in parts.keys.items():
+        if leaf in region.quantized:
+            plan[leaf] = _quantized(parts.source, key, region.quantized[leaf], f"{leaf}/0", tensors, device)
+            continue
         if not keepable(parts.source, key):
             tensors[leaf] = values(parts.source, key, value_of(region.weights[leaf]).dtype).to(device)
             continue
@@ -155,6 +165,46 @@ def pack_encoded(parts: Parts, region: Region, target: Target) -> Packed:
                 tensors[f"{leaf}/{i}/scale"] = scale.to(device)
     dtypes = {leaf: value_of(node).dtype for leaf, node in region.weights.items()}
     return Packed("encoded", tensors, (plan, dtypes))
+
+
+def _quantized(
+    source: WeightSource, key: str, encoding: str, name: str, tensors: dict[str, Tensor], device: torch.device
+) -> tuple[Part, ...]:
+    """Quantise a whole parameter on the CPU, a few rows at a time in parallel; its part, as if it were stored so."""
+    shape = source.spec(key).shape
+    matrices, rows, cols = math.prod(shape[:-2]), shape[-2], shape[-1]
+    is_fp8 = encoding not in DECODERS
+    width = cols if is_fp8 else size_of((1, cols), encoding)
+    out = torch.empty(matrices, rows, width, dtype=torch.uint8)
+    scales = torch.empty(matrices, -(-rows // 128), -(-cols // 128))
+
+    def convert(at: tuple[int, int]) -> None:
+        matrix, first = at
+        last = min(first + 128, rows)
+        lead = [slice(i, i + 1) for i in _coordinates(matrix, shape[:-2])]
+        found = values(source, key, where=(*lead, slice(first, last), slice(0, cols))).view(last - first, cols)
+        made = native.quantize(found, encoding)
+        if isinstance(made, tuple):
+            scales[matrix, first // 128] = made[1][0]
+            made = made[0].view(torch.uint8)
+        out[matrix, first:last] = made
+
+    each(convert, ((m, first) for m in range(matrices) for first in range(0, rows, 128)))
+    raw = out.view(torch.float8_e4m3fn) if is_fp8 else out
+    tensors[name] = raw.view(*shape[:-1], width).to(device)
+    if is_fp8:
+        tensors[f"{name}/scale"] = scales.view(*shape[:-2], *scales.shape[1:]).to(device)
+    spec = TensorSpec(shape, torch.float32, encoding, size_of(shape, encoding))
+    return (Part(key, spec, tuple(slice(0, n) for n in shape), scale=key if is_fp8 else None),)
+
+
+def _coordinates(number: int, shape: Sequence[int]) -> list[int]:
+    """The index of the `number`-th entry of a tensor of that shape."""
+    out = []
+    for size in reversed(shape):
+        number, at = divmod(number, size)
+        out.append(at)
+    return out[::-1]
 
 
 def decoded(packed: Packed, leaf: str) -> Tensor:
@@ -190,6 +240,7 @@ class Encoded(Kernel):
     op = "*"
     device = "cuda"
     layout = "encoded"
+    quantizes = native.QUANTIZERS
 
     def refuses(self, region: Region, target: Target) -> str | None:
         return wasteful(region, target)

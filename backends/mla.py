@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
+from ktcompile.backends import native
 from ktcompile.backends.encoded import decoded, encoded_bytes, pack_encoded, wasteful
 from ktcompile.backends.reference import Reference
 from ktcompile.backends.triton_mla import mla, unavailable
@@ -55,6 +56,7 @@ class TritonMLAEncoded(TritonMLA):
 
     name = "triton_encoded"
     layout = "encoded"
+    quantizes = native.QUANTIZERS
 
     def refuses(self, region: Region, target: Target) -> str | None:
         return super().refuses(region, target) or wasteful(region, target)

@@ -16,6 +16,7 @@ from ktcompile.graph import (
     is_scalar,
     prune,
     regions,
+    suggest,
     value_of,
 )
 from ktcompile.kernel import Call, Cost, Kernel, Packed, Parts
@@ -72,5 +73,6 @@ __all__ = [
     "load_rules",
     "prune",
     "regions",
+    "suggest",
     "value_of",
 ]

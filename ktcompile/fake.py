@@ -1,4 +1,4 @@
-"""Run code on fake tensors: shapes without values. Beside capture.py the only file that uses a private name of torch."""
+"""Run code on fake tensors: shapes without values. Beside capture.py the only file with a private torch name."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -2,8 +2,9 @@
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import fx
 
 from ktcompile.errors import PassError
 from ktcompile.fake import run_fake
+from ktcompile.weights import size_of
 
 GLUE = "glue"
 _INPLACE = {
@@ -218,9 +220,25 @@ class Region:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights: packed, once a kernel is chosen, else as stored."""
+        """Bytes of its weights: packed, once a kernel is chosen, else as stored or as they are to be quantised."""
         packed = self.node.meta.get("packed_bytes")
-        return packed if packed is not None else sum(stored_bytes(w) for w in self.weights.values())
+        return packed if packed is not None else sum(map(self.weight_bytes, self.weights))
+
+    def weight_bytes(self, leaf: str) -> int:
+        """Bytes of one of its weights, as stored or as it is to be quantised."""
+        weight, encoding = self.weights[leaf], self.quantized.get(leaf)
+        return size_of(value_of(weight).shape, encoding) if encoding else stored_bytes(weight)
+
+    @property
+    def quantized(self) -> Mapping[str, str]:
+        """The encodings that its weights are brought to when they are packed; the others stay as the kernel has them."""
+        chosen: Mapping[str, str] = self.node.meta.get("quantized", {})
+        return chosen
+
+    def quantize(self, encodings: Mapping[str, str]) -> None:
+        """Have these weights brought to these encodings when packed; kernels that cannot refuse the region."""
+        remembered(self.graph_module).clear()
+        self.node.meta["quantized"] = dict(encodings)
 
     @property
     def decoded_bytes(self) -> int:
@@ -272,6 +290,14 @@ class Region:
         self.node.target = name
         if binding is not None:
             self.node.meta["binding"] = binding
+
+
+def suggest(glob: str, found: Iterable[Region]) -> str:
+    """For a glob that matches none of these regions: the closest that would match one."""
+    paths = {re.sub(r"\.\d+(?=\.|$)", ".*", r.path) for r in found}
+    known = {p for path in paths for p in (path, *(f"*.{path.split('.', i)[-1]}" for i in range(1, 5)))}
+    close = get_close_matches(glob, sorted(known), 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(paths))}"
 
 
 def remembered(gm: fx.GraphModule) -> dict[Any, Any]:

@@ -58,6 +58,7 @@ class Kernel(ABC):
     device: ClassVar[str]  # kind: "cpu", "cuda", "*"
     layout: ClassVar[str]
     lossy: ClassVar[str | None] = None  # what it rounds that the compute type does not
+    quantizes: ClassVar[tuple[str, ...]] = ()  # encodings that `pack` brings weights to where a region asks for it
 
     @abstractmethod
     def refuses(self, region: Region, target: Target) -> str | None:
@@ -78,6 +79,14 @@ class Kernel(ABC):
     @abstractmethod
     def __call__(self, packed: Packed, region: "Call", *inputs: Any) -> Any:
         """Run the region. `inputs` are the op's roles in order; the captured body's inputs for op `*`."""
+
+    def cache_key(self, region: Region) -> str | None:
+        """What beside weights and layout decides the packed bytes; None: packed weights are not kept on disk."""
+        return None
+
+    def restore(self, tensors: Mapping[str, Tensor], region: Region, target: Target) -> Packed:
+        """What `pack` made, from its tensors alone. Only for kernels with a `cache_key`."""
+        raise NotImplementedError(f"{self.name} has no cache key")
 
     def missing(self) -> str | None:
         """None: it can run on this machine; text: what is missing and how to get it."""
@@ -116,6 +125,8 @@ def refusal(kernel: Kernel, region: Region, target: Target) -> str | None:
         return f"runs on {kernel.device}, the region is on {region.device}"
     if kernel.op != "*" and region.binding is None:
         return "the region keeps its captured body"
+    if unknown := [e for e in region.quantized.values() if e not in kernel.quantizes]:
+        return f"it does not quantise weights to {unknown[0]}"
     return kernel.refuses(region, target)
 
 

@@ -18,6 +18,7 @@ from ktcompile.checkpoint import Checkpoint, open_checkpoint
 from ktcompile.errors import KtransError, RulesError
 from ktcompile.graph import regions, short
 from ktcompile.kernel import available as available_kernels
+from ktcompile.packed_cache import PackedCache, packed_folder
 from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_pass, near, shipped
 from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
@@ -46,15 +47,23 @@ def pipeline_for(
     rules: str | Path | None = None,
     experts: int | None = None,
     ranking: str | None = None,
+    quantize: str | None = None,
 ) -> Pipeline:
-    """The pipeline to run: the rules file, or the family's, with `prune-experts` if fewer `experts` are asked for."""
+    """The pipeline to run: the rules file, or the family's, with `prune-experts` if fewer `experts` are asked for.
+
+    `quantize`: an encoding for the routed experts, or `GLOB=ENCODING,…`, the rules of the pass `quantize`.
+    """
     pipeline = load_rules(rules or (default_rules(config) if config else "base"))
     if experts is None and ranking is not None:
         raise RulesError(f"ranking {ranking!r} says which experts to keep; say how many with experts")
-    if experts is None:
-        return pipeline
-    values = {"keep": experts} | ({"ranking": ranking} if ranking else {})
-    return pipeline.with_pass(make_pass(available_passes()["prune-experts"], values, "--experts"))
+    if experts is not None:
+        values = {"keep": experts} | ({"ranking": ranking} if ranking else {})
+        pipeline = pipeline.with_pass(make_pass(available_passes()["prune-experts"], values, "--experts"))
+    if quantize is not None:
+        wanted = dict(r.rpartition("=")[::2] for r in quantize.split(","))
+        globs = {glob or "*.experts": encoding for glob, encoding in wanted.items()}
+        pipeline = pipeline.with_pass(make_pass(available_passes()["quantize"], {"rules": globs}, "--quantize"))
+    return pipeline
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ def settings_for(
     rules: str | Path | None = None,
     experts: int | None = None,
     ranking: str | None = None,
+    quantize: str | None = None,
     target: Target | None = None,
     dtype: str | None = None,
     context: int | None = None,
@@ -86,7 +96,7 @@ def settings_for(
     context = min(4096, longest) if context is None else context
     if not 1 <= context <= longest:
         raise RulesError(f"context {context}: this model was made for 1 to {longest} tokens")
-    return Settings(target, pipeline_for(checkpoint.config, rules, experts, ranking), DTYPES[name], context)
+    return Settings(target, pipeline_for(checkpoint.config, rules, experts, ranking, quantize), DTYPES[name], context)
 
 
 def settings_of(target: Target, pipeline: Pipeline) -> Settings:
@@ -320,22 +330,34 @@ def load(
     rules: str | Path | None = None,
     experts: int | None = None,
     ranking: str | None = None,
+    quantize: str | None = None,
     target: Target | None = None,
     dtype: str | None = None,
     context: int | None = None,
+    packed_cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """A compiled Hugging Face model: call it, or `generate` with it.
 
-    `model`: a GGUF file, a folder, or None for the embedded one; `gguf`: weights for a folder. `experts`: keep that
-    many of the router's top-k (lossy). Besides the usual methods it has `plans` (by phase), `step` and `new_cache`.
+    `model`: a GGUF file, a folder, or None for the embedded one. `gguf`: the routed experts for a folder, and what it
+    lacks. `experts`: keep that many of the router's top-k (lossy). `quantize`: fewer bits for the routed experts, made
+    while loading (lossy): `int4`, `int8`, …, or `GLOB=ENCODING,…`. `packed_cache`: a folder that keeps packed experts
+    for the next start; `user` is the user's cache folder, `model` one beside the model. Besides the usual methods it has
+    `plans` (by phase), `step` and `new_cache`.
     Raises ModelFileError, RulesError, CapacityError.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, gguf)
     if checkpoint.source is None:
         raise RulesError(f"{checkpoint.path} has a configuration and no weights: it can be explained, not run")
     settings = settings_for(
-        checkpoint, rules=rules, experts=experts, ranking=ranking, target=target, dtype=dtype, context=context
+        checkpoint,
+        rules=rules,
+        experts=experts,
+        ranking=ranking,
+        quantize=quantize,
+        target=target,
+        dtype=dtype,
+        context=context,
     )
     hollow = empty_model(checkpoint.config, settings.dtype)
     graphs: dict[Phase, fx.GraphModule] = {}
@@ -348,7 +370,10 @@ def load(
     check_one_layout(list(graphs.values()))
     tables = {k: b for k, b in hollow.named_buffers() if not b.isnan().any()}  # what the model computed itself
     source = MixedSource(checkpoint.source, ModuleSource(tables))
-    store = Store(source, settings.target, available_kernels())
+    kept = (
+        None if packed_cache is None else PackedCache(packed_folder(packed_cache, checkpoint.path), checkpoint.source)
+    )
+    store = Store(source, settings.target, available_kernels(), kept)
     phases = {
         phase: lower(graphs[phase], plans[phase], store, progress if i == 0 else None) for i, phase in enumerate(PHASES)
     }

@@ -227,6 +227,8 @@ def _row(
     )
     codes = dict.fromkeys(str(w.meta.get("encoding", "")) for w in region.weights.values())
     main = [c for c in codes if c not in ("", "f32")] or list(codes)
+    made = dict.fromkeys(region.quantized.values())
+    encoding = "+".join(main) + (f">{'+'.join(made)}" if made else "")
     kernel = kernels.get(region.kernel or "")
     us = None
     if kernel is not None and region.device is not None:
@@ -244,7 +246,7 @@ def _row(
         region.op,
         reads,
         kind,
-        "+".join(main),
+        encoding,
         region.nbytes,
         region.kernel or "",
         us,

@@ -1,6 +1,7 @@
 """Executable: a placed graph with its weights packed, ready to call."""
 
 from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -9,21 +10,27 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ktcompile.capture import version
 from ktcompile.errors import PassError
-from ktcompile.graph import Region, is_region, is_weight, regions
+from ktcompile.graph import Region, is_region, is_weight, regions, stored_bytes
 from ktcompile.kernel import Call, Kernel, Packed, Parts
+from ktcompile.packed_cache import PackedCache
 from ktcompile.plan import Plan
 from ktcompile.target import Target
-from ktcompile.weights import ModuleSource, WeightSource
+from ktcompile.weights import ModuleSource, Part, WeightSource
 
 Progress = Callable[[str, int, int], None]
-"""Called while weights are packed: (region, bytes done, bytes in all)."""
+"""Called while weights are read and packed, from any thread: (region, bytes of the file done, bytes in all)."""
 
 
 class Store:
-    """Packed weights by (keys, layout, device): every phase of a model reads the same ones."""
+    """Packed weights by (keys, layout, device): every phase of a model reads the same ones.
 
-    def __init__(self, source: WeightSource, target: Target, kernels: Mapping[str, Kernel]) -> None:
-        self.source, self.target, self.kernels = source, target, kernels
+    With a `cache`, those that kernels can restore are read from it, and written to it after they were packed.
+    """
+
+    def __init__(
+        self, source: WeightSource, target: Target, kernels: Mapping[str, Kernel], cache: PackedCache | None = None
+    ) -> None:
+        self.source, self.target, self.kernels, self.cache = source, target, kernels, cache
         self._packed: dict[tuple[tuple[str, ...], str, str], Packed] = {}
 
     @property
@@ -34,14 +41,40 @@ class Store:
             out[device] = out.get(device, 0) + packed.nbytes
         return out
 
-    def get(self, region: Region) -> Packed:
-        """The region's weights in its kernel's layout; read and packed at the first call."""
+    def get(self, region: Region, read: Callable[[int], None] | None = None) -> Packed:
+        """The region's weights in its kernel's layout, packed at the first call. `read` hears of the bytes read."""
         keys = {leaf: str(node.meta["weight"]) for leaf, node in region.weights.items()}
         key = tuple(keys.values()), str(region.node.meta["layout"]), str(region.home)
         if key not in self._packed:
-            kernel = self.kernels[str(region.kernel)]
-            self._packed[key] = kernel.pack(Parts(self.source, keys), region, self.target)
+            source = self.source if read is None else _Counted(self.source, read)
+            self._packed[key] = self._make(region, Parts(source, keys), key[1])
         return self._packed[key]
+
+    def _make(self, region: Region, parts: Parts, layout: str) -> Packed:
+        kernel = self.kernels[str(region.kernel)]
+        details = kernel.cache_key(region) if self.cache else None
+        if self.cache is None or details is None:
+            return kernel.pack(parts, region, self.target)
+        name = self.cache.name(tuple(parts.keys.values()), layout, details)
+        kept = self.cache.load(name)
+        if kept is not None:
+            return kernel.restore(kept, region, self.target)
+        made = kernel.pack(parts, region, self.target)
+        self.cache.save(name, made.tensors)
+        return made
+
+
+class _Counted:
+    """A source that tells how many bytes of parameters were read."""
+
+    def __init__(self, source: WeightSource, read: Callable[[int], None]) -> None:
+        self._source, self._read = source, read
+        self.keys, self.spec, self.parts, self.read_scale = source.keys, source.spec, source.parts, source.read_scale
+
+    def read(self, part: Part) -> Tensor:
+        found = self._source.read(part)
+        self._read(part.spec.nbytes)
+        return found
 
 
 class BorrowedStore:
@@ -128,15 +161,23 @@ class Executable:
 
 def lower(gm: fx.GraphModule, plan: Plan, store: Store, progress: Progress | None = None) -> Executable:
     """Replace every region by its kernel, with weights from the store: read, packed and placed now."""
-    total = sum(r.nbytes for r in regions(gm))
-    done = 0
+    total = sum(_stored(r) for r in regions(gm))
+    before = 0
 
     def step(region: Region) -> nn.Module:
-        nonlocal done
-        if progress:
-            progress(region.name, done, total)
-        made = _Step(store.kernels[str(region.kernel)], store.get(region), region, _call(region, store.target))
-        done += region.nbytes
+        nonlocal before
+        lock, done, region_bytes = Lock(), 0, _stored(region)
+
+        def read(count: int) -> None:
+            nonlocal done
+            with lock:  # kernels read in several threads
+                done += count
+                if progress:
+                    progress(region.name, before + min(done, region_bytes), total)
+
+        read(0)
+        made = _Step(store.kernels[str(region.kernel)], store.get(region, read), region, _call(region, store.target))
+        before += region_bytes
         return made
 
     lowered = _lower(gm, step, weights=False)
@@ -148,6 +189,11 @@ def lower(gm: fx.GraphModule, plan: Plan, store: Store, progress: Progress | Non
     moved = ["device" in n.meta and not n.meta.get("state") for n in given]
     devices = tuple(store.target[n.meta["device"]].torch if m else None for n, m in zip(given, moved, strict=True))
     return Executable(plan, lowered, inputs, devices)
+
+
+def _stored(region: Region) -> int:
+    """Bytes of its weights as stored: what loading reads."""
+    return sum(map(stored_bytes, region.weights.values()))
 
 
 def lower_borrowed(gm: fx.GraphModule, plan: Plan, store: BorrowedStore, stored: Store | None = None) -> Executable:

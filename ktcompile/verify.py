@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ktcompile.errors import CapacityError, PassError
-from ktcompile.graph import Region, device_of, is_copy, is_region, is_scalar, regions, stored_bytes, value_of
+from ktcompile.graph import Region, device_of, is_copy, is_region, is_scalar, regions, value_of
 from ktcompile.ops import BY_NAME
 from ktcompile.symbols import PAGE, concrete, sizes
 from ktcompile.target import Target
@@ -70,7 +70,7 @@ def used(gm: fx.GraphModule) -> dict[str, dict[str, int]]:
         if len(fresh) == len(weights):
             out[home]["weights"] += region.nbytes
         else:  # a tied weight: only what no earlier region brought
-            out[home]["weights"] += sum(stored_bytes(w) for w in fresh)
+            out[home]["weights"] += sum(region.weight_bytes(leaf) for leaf, w in region.weights.items() if w in fresh)
         for node in region.inputs:
             if node.op == "placeholder" and node.meta.get("state") and (node, device) not in seen:
                 seen.add((node, device))

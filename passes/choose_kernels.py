@@ -34,9 +34,12 @@ class ChooseKernels(Pass):
         for region in list(regions(gm)):
             kernel, refused = choose(region, lists.get(region.op, self.other), ctx.target, kernels)
             if kernel is None:
+                way_out = "End the list with `reference`"
+                if region.quantized:
+                    way_out = "Quantise it to another type, or keep it"
                 raise RulesError(
                     f"no kernel takes {region.path} ({region.op} on {region.device}): "
-                    f"{'; '.join(f'{n}: {w}' for n, w in refused)}. End the list with `reference`"
+                    f"{'; '.join(f'{n}: {w}' for n, w in refused)}. {way_out}"
                 )
             for why in dict.fromkeys(w for _, w in refused) if region.op in lists else ():
                 ctx.skip(region, f"{', '.join(n for n, w in refused if w == why)}: {why}")

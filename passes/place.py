@@ -1,13 +1,11 @@
 """place: give every region a device."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
 from torch.fx import GraphModule, Node
 
-from ktcompile import Context, OptionError, Pass, Region, RulesError, Target, regions, value_of
+from ktcompile import Context, OptionError, Pass, Region, RulesError, Target, regions, suggest, value_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Place(Pass):
         found = list(regions(gm))
         for glob in devices:
             if not any(r.matches(glob) for r in found):
-                raise OptionError(f"rules.{glob}", f"rule {glob!r} matches no region; {_suggest(glob, found)}")
+                raise OptionError(f"rules.{glob}", f"rule {glob!r} matches no region; {suggest(glob, found)}")
         for region in found:
             device = next((d for glob, d in devices.items() if region.matches(glob)), None)
             if device is None:
@@ -54,11 +52,3 @@ def _input_device(node: Node, target: Target) -> str:
         return target.main.name
     kind = getattr(getattr(value_of(node), "device", None), "type", "cpu")
     return target.main.name if kind == "cuda" else target.host.name
-
-
-def _suggest(glob: str, found: list[Region]) -> str:
-    """The closest glob that would match something."""
-    paths = {re.sub(r"\.\d+(?=\.|$)", ".*", r.path) for r in found}
-    known = {p for path in paths for p in (path, *(f"*.{path.split('.', i)[-1]}" for i in range(1, 5)))}
-    close = get_close_matches(glob, sorted(known), 1, 0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(paths))}"

@@ -101,6 +101,7 @@ def _gpt_oss() -> PretrainedConfig:
 CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
     "deepseek_v3": _deepseek_v3,
     "deepseek_v3_q": lambda: _deepseek_v3(q_lora_rank=None),
+    "deepseek_v3_wide": lambda: _deepseek_v3(hidden_size=256, moe_intermediate_size=256, intermediate_size=512),
     "deepseek_v3_yarn": lambda: _deepseek_v3(rope_parameters=_YARN),
     "deepseek_v3_tied": lambda: _deepseek_v3(num_hidden_layers=2, tie_word_embeddings=True),
     "deepseek_v2": _deepseek_v2,

@@ -25,6 +25,7 @@ ORDER = (
     "cache",
     "tokenizer",
     "gguf_config",
+    "packed_cache",
     "checkpoint",
     "convert",
     "inspect",

@@ -1,0 +1,159 @@
+"""quantize: weights get fewer bits while they are loaded, and the page says so."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from models import captured_plain, rewritten
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import ktcompile
+from ktcompile import CapacityError, Device, Region, RulesError, Target, regions, value_of
+from ktcompile.backends import native
+from ktcompile.backends.cpu_moe import Scalar
+from ktcompile.backends.encoded import Encoded, decoded
+from ktcompile.checkpoint import Checkpoint, open_checkpoint
+from ktcompile.kernel import Parts, refusal
+from ktcompile.model import explain, settings_for
+from ktcompile.passes.fold import Fold
+from ktcompile.passes.quantize import ENCODINGS, Quantize
+from ktcompile.plan import Plan
+from ktcompile.target import detect
+from ktcompile.weights import ModuleSource, decode, size_of, values
+
+FP8 = Path(__file__).parent / "data" / "tiny-deepseek-v3"
+HOST = Target((detect().host,))
+CARD = Target((Device("cpu:1", "cuda", 24 << 30, 1e12), detect().host))
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint(FP8)
+
+
+def plan_of(checkpoint: Checkpoint, quantize: str, target: Target = HOST) -> Plan:
+    return explain(checkpoint, settings_for(checkpoint, quantize=quantize, target=target))[-1]
+
+
+def test_the_page_names_it(checkpoint: Checkpoint) -> None:
+    plan = plan_of(checkpoint, "int4")
+    assert "# lossy: fp8_block128 weights quantised to q4_k+q5_0 while loading" in plan.text()
+    moe = [r for r in plan.rows if r.op == "moe"]
+    assert {r.encoding for r in moe} == {"fp8_block128>q4_k+q5_0"}
+    assert {r.nbytes for r in moe} == {32 * (size_of((256, 256), "q4_k") + size_of((256, 128), "q5_0"))}
+
+
+def test_what_would_not_shrink_stays(checkpoint: Checkpoint) -> None:
+    plan = plan_of(checkpoint, "int8")
+    assert plan.lossy == () and "stays as stored: q8_0 would not make it smaller" in plan.text()
+
+
+def test_off_by_default_and_keep(checkpoint: Checkpoint) -> None:
+    gm, ctx = rewritten(captured_plain("deepseek_v3").gm, HOST, Fold(), Quantize())
+    assert [n.why for n in ctx.notes if n.by == "quantize"] == [
+        "off: weights are packed from the encoding that they are stored in"
+    ]
+    gm, ctx = rewritten(captured_plain("deepseek_v3").gm, HOST, Fold(), Quantize({"*.experts": "keep", "*": "q8_0"}))
+    assert not any(r.quantized for r in regions(gm, "*.experts")) and any(r.quantized for r in regions(gm))
+    assert not any(r.quantized for r in regions(gm, op="router")), "a router is exact"
+
+
+@pytest.mark.parametrize(
+    ("rules", "why"),
+    [
+        ({"*.experts": "int3"}, "no encoding 'int3'; there are int8, int4, fp8"),
+        ({"*.expert": "int4"}, r"rule '\*.expert' matches no region; did you mean '\*.experts'\?"),
+    ],
+)
+def test_rules_that_do_not_fit(rules: dict[str, str], why: str) -> None:
+    with pytest.raises(RulesError, match=why):
+        rewritten(captured_plain("deepseek_v3").gm, HOST, Fold(), Quantize(rules))
+
+
+def test_no_kernel_is_an_error_that_says_why(checkpoint: Checkpoint) -> None:
+    with pytest.raises(
+        RulesError, match=r"no kernel takes model.layers.0.self_attn.*does not quantise weights to q4_k"
+    ):
+        plan_of(checkpoint, "*.self_attn=int4")
+
+
+def test_it_fits_by_the_bytes_that_it_will_have(checkpoint: Checkpoint) -> None:
+    """A model too large as stored fits if its experts are to be quantised."""
+    (use,) = plan_of(checkpoint, "*=keep").uses
+    tight = Target((replace(detect().host, capacity=use.weights + use.cache - (1 << 20)),))
+    with pytest.raises(CapacityError):
+        plan_of(checkpoint, "*=keep", tight)
+    assert plan_of(checkpoint, "int4", tight).uses[0].weights < use.weights - (1 << 20)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    found: Tensor = model(torch.arange(3, 40)[None]).logits
+    return found
+
+
+BOUND = {"q8_0": 0.02, "q6_k": 0.05, "q5_0": 0.12, "q4_k": 0.2}
+"""Relative error of logits of a random two-layer model: about the error of a weight times the depth."""
+
+
+@pytest.mark.parametrize("encoding", BOUND)
+def test_a_model_quantised_at_load_is_the_model_of_quantised_weights(encoding: str, tmp_path: Path) -> None:
+    original = tiny.model("qwen3_moe", hidden_size=256, moe_intermediate_size=256)
+    original.save_pretrained(tmp_path)
+    made = ktcompile.load(tmp_path, quantize=encoding, target=HOST)
+    expected = 0.0
+    with torch.no_grad():
+        assert relative(logits(made), logits(original)) < BOUND[encoding]
+        for key, parameter in original.named_parameters():
+            if ".experts." in key:
+                rows = parameter.data.flatten(0, -2).contiguous()
+                quantised = native.quantize(rows, encoding)
+                assert isinstance(quantised, Tensor)
+                wanted = decode(quantised, encoding).view(parameter.shape)
+                expected = max(expected, relative(wanted, parameter))
+                parameter.copy_(wanted)
+        assert relative(logits(made), logits(original)) < 1e-5
+    assert expected > 1e-4, "something was rounded"
+
+
+@pytest.mark.parametrize("wanted", ENCODINGS)
+def test_on_a_gpu_weights_stay_quantised(wanted: str) -> None:
+    """Packed bytes are those of the plan; decoded, they are the quantised weights."""
+    captured = captured_plain("deepseek_v3_wide")
+    gm, _ = rewritten(captured.gm, CARD, Fold(), Quantize({"*": wanted}))
+    source = ModuleSource({k: v.detach() for k, v in captured.keys.items()})
+    seen = 0
+    for region in regions(gm):
+        region.place("cpu:1")
+        if not region.quantized:
+            continue
+        kernel = Encoded()
+        assert refusal(kernel, region, CARD) is None
+        keys = {leaf: str(node.meta["weight"]) for leaf, node in region.weights.items()}
+        packed = kernel.pack(Parts(source, keys), region, CARD)
+        assert packed.nbytes == kernel.packed_bytes(region)
+        for leaf, encoding in region.quantized.items():
+            seen += 1
+            exact = values(source, keys[leaf])
+            rows = exact.flatten(0, -2)
+            got = decoded(packed, leaf).float()
+            assert relative(got, exact) < 0.12
+            if exact.dim() == 2 or encoding != "fp8_block128":
+                made = native.quantize(rows, encoding)
+                want = decode(made, encoding) if isinstance(made, Tensor) else decode(made[0], encoding, made[1])
+                assert torch.equal(got.flatten(0, -2), want)
+    assert seen >= 8
+
+
+def test_kernels_that_cannot_refuse() -> None:
+    gm, _ = rewritten(captured_plain("deepseek_v3_wide").gm, HOST, Fold(), Quantize({"*.experts": "q4_0"}))
+    (region, *_) = regions(gm, op="moe")
+    assert isinstance(region, Region) and value_of(region.weights["down_proj"]).dim() == 3
+    region.place("cpu")
+    assert refusal(Scalar(), region, HOST) == "it does not quantise weights to q4_0"

@@ -18,6 +18,7 @@ from ktcompile.graph import matches
 from ktcompile.tokenizer import special_tokens, tokenizer_from_gguf
 from ktcompile.weights import GGUFSource, MixedSource, SafetensorsSource, WeightSource
 from ktcompile.weights.json import load_json
+from ktcompile.weights.names import expected_unused
 from ktcompile.weights.quantization import scale_block
 
 EMBEDDED = "tiny-deepseek-v3-Q4_K_M.gguf"
@@ -149,7 +150,16 @@ def _gguf_source(path: Path) -> GGUFSource:
         raise ModelFileError(f"{path}: is a folder; a .gguf file is needed here")
     if path.suffix != ".gguf":
         raise ModelFileError(f"{path}: neither a .gguf file nor a folder (with config.json and *.safetensors)")
-    return GGUFSource(path)
+    source = GGUFSource(path)
+    unread = source.unused()
+    expected = expected_unused(source.architecture, source.metadata, unread)
+    if strange := sorted(set(unread) - set(expected)):
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise ModelFileError(
+            f"{path}: {', '.join(strange[:3])}{more}: tensors that a {source.architecture} model here has no use for; "
+            "without them it would not be the same model"
+        )
+    return source
 
 
 def _matching_gguf(path: Path, config: PretrainedConfig, config_path: Path) -> GGUFSource:

@@ -17,12 +17,25 @@ from ktcompile.graph import writes
 from ktcompile.weights import WeightSource
 
 EXPERTS = "ktrans"
-"""Name of our experts implementation in transformers: one `ktrans::moe` node a layer, whatever the model."""
+"""Name of our experts implementation in transformers: one node a layer, `ktrans::moe` for all models but a few."""
 
 
 def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    if type(self).__name__ == "GptOssExperts":
+        clamped: Tensor = torch.ops.ktrans.clamped_moe(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.gate_up_proj,
+            self.gate_up_proj_bias,
+            self.down_proj,
+            self.down_proj_bias,
+            self.alpha,
+            self.limit,
+        )
+        return clamped
     odd = self.is_transposed or self.has_bias or not self.has_gate or getattr(self, "has_post_expert_norm", False)
-    if odd or type(self)._apply_gate.__name__ != "_default_apply_gate":  # gpt-oss, DeepSeek-V4: not `moe`
+    if odd or type(self)._apply_gate.__name__ != "_default_apply_gate":  # DeepSeek-V4: not `moe`
         other: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
         return other
     activation = getattr(self.config, "hidden_act", None) or getattr(self.config, "hidden_activation", "silu")

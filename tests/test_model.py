@@ -40,8 +40,8 @@ def gguf(packings: list[tuple[str, int, int]]) -> PreTrainedModel:
     """The embedded model."""
     get = Store.get
 
-    def noting(self: Store, region: Any) -> Any:
-        packed = get(self, region)
+    def noting(self: Store, region: Any, *rest: Any) -> Any:
+        packed = get(self, region, *rest)
         packings.append((region.path, int(region.node.meta["packed_bytes"]), packed.nbytes))
         return packed
 

@@ -55,6 +55,43 @@ register(
 )
 
 
+def clamped_moe(
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """The routed experts of gpt-oss, which `moe` is not and no kernel knows: biases, and a clamped gate.
+
+        y[t] = sum_j scores[t, j] * ((min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clamp(up) + 1)) @ down[e]
+                                     + down_bias[e]),  gate, up = (x[t] @ gate_up[e] + gate_up_bias[e]) in turn
+
+    `clamp` is to -limit and limit. `x [T, H]`, `gate_up [E, H, 2 I]`, `down [E, I, H]`. Source: `GptOssExperts` in
+    Hugging Face transformers.
+    """
+    out = x.new_empty(*ids.shape, x.shape[-1])  # [T, k, H]
+    for expert in ids.unique().tolist():
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        both = x[token] @ gate_up[expert] + gate_up_bias[expert]
+        gate, up = both[:, 0::2].clamp(max=limit), both[:, 1::2].clamp(-limit, limit)
+        value = ((up + 1) * (gate * torch.sigmoid(gate * alpha))) @ down[expert] + down_bias[expert]
+        out[token, slot] = (value * scores[token, slot, None]).to(x.dtype)
+    return out.sum(1)
+
+
+register(
+    "clamped_moe(Tensor x, Tensor ids, Tensor scores, Tensor gate_up, Tensor gate_up_bias, Tensor down, "
+    "Tensor down_bias, float alpha, float limit) -> Tensor",
+    clamped_moe,
+    lambda x, *_: torch.empty_like(x),
+)
+
+
 def _bind(site: Site) -> Bound | None:
     if not site.cls.endswith("Experts"):
         return None

@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test lint bench gpu-test gpu-bench clean
+.PHONY: help setup demo test lint bench fuzz gpu-test gpu-bench clean
 help:       ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 setup: $(READY)  ## .venv with everything, C kernels built
@@ -16,6 +16,8 @@ lint: setup      ## ruff, and mypy --strict on ktcompile and passes
 	@$(BIN)/ruff check . && $(BIN)/mypy --strict
 bench: setup     ## the CPU kernels on this machine, JSON lines
 	@$(BIN)/python benchmarks/bench_moe.py
+fuzz: setup      ## fuzz GGUF headers and rules files, FUZZ_SECONDS=600 in all (needs atheris)
+	@PYTHON=$(BIN)/python bash fuzz/run.sh
 gpu-test:        ## build, test and check on a machine with a GPU and no network; JSON in out/
 	@PYTHON=$(PYTHON) bash .ci/gpu test
 gpu-bench:       ## the same machine's speed

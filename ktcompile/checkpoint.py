@@ -205,7 +205,8 @@ def _check(fields: Mapping[str, object], where: str) -> None:
     for name in ("rope_parameters", "rope_scaling"):
         inner = fields.get(name)
         _check_numbers(inner if isinstance(inner, Mapping) else {}, where, f"{name}.")
-    _check_numbers({k: fields[k] for k in ("rope_theta", "rms_norm_eps") if k in fields}, where, "")
+    numbers = ("rope_theta", "rms_norm_eps", "routed_scaling_factor")
+    _check_numbers({k: fields[k] for k in numbers if k in fields}, where, "")
 
 
 def _at_most(fields: Mapping[str, object], where: str, name: str, most: object) -> None:
@@ -244,13 +245,23 @@ def _gguf_tokenizer(source: GGUFSource, where: str) -> PreTrainedTokenizerFast:
     )
 
 
+_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+"""What transformers reads beside tokenizer.json."""
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
 def _folder_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The folder's tokenizer.json as it is: the class that tokenizer_config.json names may rebuild it differently."""
     file = path / "tokenizer.json"
     if not file.is_file():
         raise ModelFileError(f"{path}: no tokenizer.json in this folder; it is in the original model's repository")
-    if file.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise ModelFileError(f"{file}: {file.stat().st_size} bytes; {MAX_TOKENIZER_BYTES} are allowed")
+    for other in ("tokenizer.json", *_TOKENIZER_FILES):
+        size, most = _size(path / other), MAX_TOKENIZER_BYTES if other == "tokenizer.json" else MAX_CONFIG_BYTES
+        if size > most:
+            raise ModelFileError(f"{path / other}: {size} bytes; {most} are allowed")
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception on a damaged file

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 if TYPE_CHECKING:
     from ktcompile.checkpoint import Checkpoint
@@ -36,7 +36,17 @@ Model = Annotated[
         help="A GGUF file, or a folder with config.json, tokenizer and safetensors. Default: the embedded model."
     ),
 ]
-Gguf = Annotated[str | None, typer.Option(help="Take the weights from this GGUF file, the rest from the folder MODEL.")]
+Gguf = Annotated[
+    str | None, typer.Option(help="Take the routed experts from this GGUF file, and what the folder MODEL lacks.")
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="Quantise the routed experts while loading: int8, int4, q6_k, ... or GLOB=ENCODING,... Lossy."),
+]
+PackedCache = Annotated[
+    str | None,
+    typer.Option(help="Keep packed experts for the next start: user (cache folder), model (beside it), or a folder."),
+]
 Rules = Annotated[str | None, typer.Option(help="Rules file, or a shipped one by name. Default: by model family.")]
 Experts = Annotated[int | None, typer.Option(help="Keep this many of the router's experts a token. Lossy.")]
 Ranking = Annotated[str | None, typer.Option(help="Which experts --experts keeps: choice (default) or weight.")]
@@ -49,17 +59,17 @@ Threads = Annotated[int | None, typer.Option("--cpu-threads", help="CPU threads.
 
 
 @contextmanager
-def _packing() -> Iterator[Any]:
-    """A progress bar on stderr for weights being read and packed; quiet where stderr is no terminal."""
+def _progress(what: str) -> Iterator[tuple[Progress, Any]]:
+    """A bar on stderr with bytes, speed and time left, and its task; quiet where stderr is no terminal."""
     columns = (
-        TextColumn("packing {task.fields[region]}"),
+        TextColumn(what + " {task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("", total=None, region="")
-        yield lambda region, done, total: bar.update(task, completed=done, total=total, region=region)
+        yield bar, bar.add_task("", total=None)
 
 
 def _machine(gpu: str | None, ram: str | None, threads: int | None = None) -> "Target":
@@ -99,9 +109,11 @@ def chat(
     force_think: Annotated[bool, typer.Option("--force-think", help="Start the answer inside <think>.")] = False,
     experts: Experts = None,
     ranking: Ranking = None,
+    quantize: Quantize = None,
     rules: Rules = None,
     dtype: Dtype = None,
     context: ContextSize = None,
+    packed_cache: PackedCache = None,
     cpu_threads: Threads = None,
 ) -> None:
     """Talk to a model: a conversation in the terminal, or one answer with --prompt."""
@@ -123,17 +135,21 @@ def chat(
         seed,
     )
     err.print(f"[dim]capturing {checkpoint.name}[/dim]", soft_wrap=True)
-    with _packing() as progress:
+    with _progress("packing") as (bar, task):
         compiled: Any = load(
             checkpoint,
             rules=rules,
             experts=experts,
             ranking=ranking,
+            quantize=quantize,
             dtype=dtype,
             context=context,
             target=target,
-            progress=progress,
+            packed_cache=packed_cache,
+            progress=lambda region, done, total: bar.update(task, completed=done, total=total, description=region),
         )
+    for note in compiled.store.cache.notes if compiled.store.cache else ():
+        err.print(f"[dim]packed cache: {note}[/dim]", soft_wrap=True)
     torch.set_num_threads(torch_threads(compiled.plans["decode"], target))
     session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
     err.print(f"[dim]{checkpoint.name}, loaded in {time.perf_counter() - start:.1f} s[/dim]", soft_wrap=True)
@@ -262,6 +278,7 @@ def explain(
     dump: Annotated[Path | None, typer.Option(help="Write one page a pass into this folder.")] = None,
     experts: Experts = None,
     ranking: Ranking = None,
+    quantize: Quantize = None,
     rules: Rules = None,
     dtype: Dtype = None,
     context: ContextSize = None,
@@ -280,6 +297,7 @@ def explain(
         rules=rules,
         experts=experts,
         ranking=ranking,
+        quantize=quantize,
         target=_machine(gpu, ram),
         dtype=dtype,
         context=context,
@@ -321,6 +339,55 @@ def _print_diff(plans: Sequence["Plan"]) -> None:
         sys.stdout.write(f"# {plan.after}\n{changed}\n")
         notes = [f"#   {names}: {why}" if names else f"#   {why}" for by, names, why in plan.notes if by == plan.after]
         sys.stdout.write("".join(f"{n}\n" for n in notes) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------ model files
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(help="A .gguf or .safetensors file (of several: any), or a model folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Show what is in a model file: sizes, types, tokenizer, and what would be done with it. Reads headers only."""
+    from ktcompile.inspect import inspect_json, inspect_text
+
+    if as_json:
+        print(json.dumps(inspect_json(file), indent=1, ensure_ascii=False))
+    else:
+        sys.stdout.write(inspect_text(file))
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A GGUF file, or a folder with config.json, tokenizer and safetensors.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="NAME.gguf, or a folder for safetensors.")],
+    to: Annotated[
+        str, typer.Option(help="q8_0, q6_k, q5_k, q5_0, q4_k_m, q4_k, q4_0, bf16, f16, f32; fp8, bf16-safetensors.")
+    ],
+    gguf: Gguf = None,
+    shard: Annotated[str, typer.Option(help="Most bytes of a safetensors file.")] = "5G",
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    cpu_threads: Threads = None,
+) -> None:
+    """Write a model in another encoding: a GGUF file, or a folder of safetensors."""
+    from ktcompile.convert import convert as write_model
+    from ktcompile.target import size
+
+    checkpoint = _open(source, gguf)
+    with _progress("converting") as (bar, task):
+        report = write_model(
+            checkpoint,
+            target,
+            to,
+            threads=cpu_threads,
+            shard_bytes=size(shard),
+            force=force,
+            progress=lambda _, done, total: bar.update(task, completed=done, total=total),
+        )
+    out.print(report.text(), markup=False)
 
 
 # ------------------------------------------------------------------------------------------------ what there is

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from ktcompile.errors import PassError
+from ktcompile.errors import PassError, RulesError
 from ktcompile.fake import run_fake
 from ktcompile.weights import size_of
 
@@ -121,17 +121,27 @@ def short(path: str) -> str:
     return path
 
 
-def globs(pattern: str) -> Iterator[str]:
-    """The plain globs of a pattern: `{3..5}` counts, `{a,b}` lists."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    inside = match[1]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    choices = [str(i) for i in range(int(span[1]), int(span[2]) + 1)] if span else inside.split(",")
-    for choice in choices:
-        yield from globs(pattern[: match.start()] + choice + pattern[match.end() :])
+_SPAN = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+MAX_GLOBS = 1_000
+
+
+def globs(pattern: str) -> list[str]:
+    """The plain globs of a pattern: `{3..5}` counts, `{a,b}` lists. RulesError if there are more than MAX_GLOBS."""
+    found: list[str] = []
+    left = [pattern]
+    while left:
+        glob = left.pop()
+        match = _BRACES.search(glob)
+        if match is None:
+            found.append(glob)
+            continue
+        span = _SPAN.fullmatch(match[1])
+        choices: Sequence[object] = range(int(span[1]), int(span[2]) + 1) if span else match[1].split(",")
+        if len(found) + len(left) + len(choices) > MAX_GLOBS:
+            raise RulesError(f"{pattern[:200]!r} stands for more than {MAX_GLOBS} names")
+        left += [f"{glob[: match.start()]}{choice}{glob[match.end() :]}" for choice in reversed(choices)]
+    return found
 
 
 def matches(path: str, pattern: str) -> bool:

@@ -179,6 +179,13 @@ def available() -> dict[str, type[Pass]]:
 # ------------------------------------------------------------------------------------------------ rules files
 
 
+MAX_BYTES = 64 << 10
+"""Of a rules file; the longest of ours has under 1 KB, a rule for every module of 61 layers 40 KB."""
+
+MAX_WORD = 1_000
+"""Characters of one key or value."""
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` where one of `known` is close, else a list of them."""
     known = list(known)
@@ -209,8 +216,9 @@ def _read(rules: str | Path, asked: str | None) -> tuple[str, str]:
             )
         return (files("ktcompile.rules") / f"{rules}.yaml").read_text(), f"{rules}.yaml"
     try:
-        return path.read_text(), str(path)
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as opened:  # whatever it is (`extends: /dev/zero`), no more than this is read
+            return opened.read(MAX_BYTES + 1).decode("utf-8"), str(path)
+    except (OSError, ValueError) as error:
         raise RulesError(f"{prefix}cannot read rules {str(rules)!r}: {error}") from error
 
 
@@ -218,11 +226,16 @@ def parse_rules(text: str, file: str, depth: int = 0) -> Pipeline:
     """The pipeline that the text of a rules file describes; `file` names it in errors."""
     if depth > 8:
         raise RulesError(f"{file}: `extends` goes round in a circle or is deeper than 8 files")
+    if len(text) > MAX_BYTES:
+        raise RulesError(f"{file}: longer than the {MAX_BYTES} bytes that a rules file may have")
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         for event in yaml.parse(text, Loader=yaml.SafeLoader):  # a few aliases of aliases are gigabytes
             if isinstance(event, yaml.AliasEvent) and event.start_mark:
                 raise RulesError(f"{file}:{event.start_mark.line + 1}: *{event.anchor}: a rules file has no aliases")
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_WORD and event.start_mark:
+                where = f"{file}:{event.start_mark.line + 1}"
+                raise RulesError(f"{where}: a word of {len(event.value)} characters; {MAX_WORD} are allowed")
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -293,13 +306,14 @@ def _pass(node: yaml.Node, file: str, places: dict[tuple[str, str], str]) -> Pas
     else:
         entry = _mapping(node, file, "a pass", None)
         if len(entry) != 1:
-            raise RulesError(f"{where}: one pass an entry, such as `- place: {{rules: ...}}`; got {', '.join(entry)}")
+            names = ", ".join(entry)[:200]
+            raise RulesError(f"{where}: one pass an entry, such as `- place: {{rules: ...}}`; got {names}")
         ((name, body),) = entry.items()
         known = available()
         if name in known:
-            names = [f.name.replace("_", "-") for f in fields(known[name])]
+            allowed = [f.name.replace("_", "-") for f in fields(known[name])]
             empty = isinstance(body, yaml.ScalarNode) and body.value in ("", "null", "~")
-            options = {} if empty else _mapping(body, file, name, names)
+            options = {} if empty else _mapping(body, file, name, allowed)
     known = available()
     if name not in known:
         raise RulesError(f"{where}: no pass {name!r}; {near(name, known)}")
@@ -327,7 +341,7 @@ def make_pass(cls: type[Pass], values: Mapping[str, Any], where: str) -> Pass:
         try:
             _typed(value, hints[key])
         except TypeError as error:
-            raise RulesError(f"{where}: {cls.name}.{key} must be {error}, not {value!r}") from error
+            raise RulesError(f"{where}: {cls.name}.{key} must be {error}, not {_shown(value)}") from error
     try:
         return cls(**values)
     except RulesError as error:
@@ -343,7 +357,13 @@ def _value(node: yaml.Node, file: str, what: str, hint: Any) -> Any:
     try:
         return _typed(value, hint)
     except TypeError as error:
-        raise RulesError(f"{_at(node, file)}: {what} must be {error}, not {value!r}") from error
+        raise RulesError(f"{_at(node, file)}: {what} must be {error}, not {_shown(value)}") from error
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message, cut to one line."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _typed(value: Any, hint: Any) -> Any:

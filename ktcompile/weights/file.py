@@ -2,6 +2,7 @@
 
 import math
 import os
+import stat
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -24,7 +25,9 @@ class ModelFile:
         """Open the file; ModelFileError if that fails or it is empty."""
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise ModelFileError(f"{path}: is no regular file")
             self._state = self._stat()
         except OSError as error:
             raise ModelFileError(f"{path}: cannot be opened: {error.strerror}") from error
@@ -100,3 +103,8 @@ class ModelFile:
     def _stat(self) -> tuple[int, int]:
         status = os.fstat(self._file.fileno())
         return status.st_size, status.st_mtime_ns
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that nobody writes to does not block."""
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -33,7 +33,7 @@ class GGUFSource:
         self.path = Path(path)
         self._stored: dict[str, tuple[ModelFile, Stored]] = {}
         metadata: Mapping[str, Value] | None = None
-        for shard in _shards(self.path):
+        for shard in shards(self.path):
             file = ModelFile(shard)
             header = read_header(file)
             metadata = header.metadata if metadata is None else metadata
@@ -117,13 +117,15 @@ class GGUFSource:
         return TensorSpec(shape, _NATURAL.get(kind.name, torch.float32), kind.name, rows * kind.row_bytes(shape[-1]))
 
 
-def _shards(path: Path) -> list[Path]:
+def shards(path: Path) -> list[Path]:
     """All files of a split model in order, or the one file."""
     match = _SHARD.fullmatch(path.name)
     if not match:
         return [path]
     stem, _, count = match.groups()
     paths = [path.with_name(f"{stem}-{i:05d}-of-{count}.gguf") for i in range(1, int(count) + 1)]
+    if path not in paths:
+        raise ModelFileError(f"{path}: the name says file {int(match[2])} of {int(count)}")
     absent = [p.name for p in paths if not p.is_file()]
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""

@@ -7,6 +7,7 @@ allocated for it, so a hostile file costs at most the limits below. Layout: gith
 import itertools
 import math
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn, cast
@@ -21,9 +22,10 @@ from ktcompile.weights.file import ModelFile
 Value = int | float | bool | str | list[str] | NDArray[np.generic]
 
 MAX_ENTRIES = 65_536  # metadata keys; real files have about 60
-MAX_TENSORS = 65_536  # a 671B model has about 1,100
-MAX_STRINGS = 1 << 20  # in all arrays of the file; a vocabulary of 129k with its merges has 257k
-MAX_HEADER_BYTES = 32 << 20  # the same vocabulary takes 5 MB
+MAX_TENSORS = 16_384  # a file of a 671B model has at most 1,100
+MAX_STRINGS = 1 << 20  # in all arrays of the file; a vocabulary of 262k with its merges has 777k
+MAX_HEADER_BYTES = 32 << 20  # the same vocabulary takes 16 MB
+MAX_MEMORY_BYTES = 88 << 20  # of metadata once read; the same vocabulary takes 75 MB, as Python has it
 MAX_NAME_BYTES = 1_024  # ggml allows 64 for a tensor
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
@@ -103,7 +105,7 @@ def _alignment(cursor: "_Cursor", metadata: Mapping[str, Value]) -> int:
     value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     good = isinstance(value, int) and 0 < value <= 1 << 20 and value & (value - 1) == 0
     if not good or isinstance(value, bool):
-        cursor.fail("general.alignment", f"{value!r} is not a power of two between 1 and 2^20")
+        cursor.fail("general.alignment", f"{repr(value)[:80]} is not a power of two between 1 and 2^20")
     return cast(int, value)
 
 
@@ -120,9 +122,9 @@ def _tensor_info(cursor: "_Cursor", alignment: int) -> _Info:
     if not 1 <= dim_count <= MAX_DIMS:
         cursor.fail(field, f"{dim_count} dimensions; 1 to {MAX_DIMS} are allowed", cursor.pos - 4)
     start = cursor.pos
-    dims = [int(cursor.number("<Q", f"{field}: dimension {i}")) for i in range(dim_count)]
+    dims = struct.unpack(f"<{dim_count}Q", cursor.take(8 * dim_count, f"{field}: dimensions"))
     if 0 in dims or math.prod(dims) >= 1 << 62:
-        cursor.fail(field, f"dimensions {dims}: each must be at least 1 and their product below 2^62", start)
+        cursor.fail(field, f"dimensions {list(dims)}: each must be at least 1 and their product below 2^62", start)
     code = int(cursor.number("<I", f"{field}: type"))
     kind = ggml.BY_CODE.get(code)
     if kind is None:
@@ -170,31 +172,42 @@ class _Cursor:
         self.size = file.size_bytes
         self.limit = min(file.size_bytes, MAX_HEADER_BYTES)
         self.strings_left = MAX_STRINGS
-        self.data = b""  # the first bytes of the file, as many as were needed
+        self.memory_left = MAX_MEMORY_BYTES
+        self.data = b""  # a piece of the file, from byte `base` on
+        self.base = 0
 
     def fail(self, field: str, why: str, pos: int | None = None) -> NoReturn:
         raise ModelFileError(f"{self.file.path}: byte {self.pos if pos is None else pos}: {field[:200]}: {why}")
 
     def need(self, count: int, field: str) -> None:
         """`count` bytes from here are in `data`, or an error."""
+        if self.pos + count <= self.base + len(self.data):
+            return
         if count <= self.limit - self.pos:
-            if self.pos + count > len(self.data):
-                more = max(self.pos + count, 2 * len(self.data), _READ_BYTES)
-                self.data += self.file.read(len(self.data), min(more, self.limit) - len(self.data))
+            self.data = self.file.read(self.pos, min(max(count, _READ_BYTES), self.limit - self.pos))
+            self.base = self.pos
             return
         what = "the file ends" if self.limit == self.size else f"a header may have {MAX_HEADER_BYTES} bytes"
         self.fail(field, f"needs {count} bytes, {self.limit - self.pos} are left ({what} at byte {self.limit})")
 
+    def charge(self, nbytes: int, field: str, pos: int) -> None:
+        """Memory that a value will take; many short strings take far more of it than of the file."""
+        self.memory_left -= nbytes
+        if self.memory_left < 0:
+            self.fail(field, f"metadata of more than {MAX_MEMORY_BYTES} bytes in memory", pos)
+
     def take(self, count: int, field: str) -> bytes:
         self.need(count, field)
+        start = self.pos - self.base
         self.pos += count
-        return self.data[self.pos - count : self.pos]
+        return self.data[start : start + count]
 
     def number(self, form: str, field: str) -> int:
         size = struct.calcsize(form)
         self.need(size, field)
+        start = self.pos - self.base
         self.pos += size
-        return cast(int, struct.unpack_from(form, self.data, self.pos - size)[0])
+        return cast(int, struct.unpack_from(form, self.data, start)[0])
 
     def count(self, field: str, most: int, least_bytes: int) -> int:
         """A 64-bit count of things that take at least `least_bytes` each."""
@@ -212,10 +225,35 @@ class _Cursor:
         if length > most:
             self.fail(field, f"length {length} is more than the {most} bytes allowed", start)
         raw = self.take(length, field)
+        self.charge(length if raw.isascii() else 4 * length, field, start)
+        return self.decoded(raw, field, start)
+
+    def decoded(self, raw: bytes, field: str, start: int) -> str:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             self.fail(field, f"is not UTF-8 ({error.reason} at its byte {error.start})", start)
+
+    def strings(self, field: str, count: int) -> list[str]:
+        """An array of strings: the loop of `string` without its calls, since a vocabulary has hundreds of thousands."""
+        found: list[str] = []
+        length_at = struct.Struct("<Q").unpack_from
+        while len(found) < count:
+            self.need(8, f"{field}: length")
+            start = self.pos
+            data, base, end, batch = self.data, self.base, len(self.data), len(found)
+            at = start - base
+            while len(found) < count and at + 8 <= end:
+                after = at + 8 + length_at(data, at)[0]
+                if after > end:
+                    break
+                found.append(self.decoded(data[at + 8 : after], field, base + at))
+                at = after
+            self.pos = base + at
+            self.charge(sum(map(sys.getsizeof, found[batch:])) + 8 * (len(found) - batch), field, start)
+            if len(found) < count and self.pos == start:  # longer than what is in memory, or than the file
+                found.append(self.string(field))
+        return found
 
     def value(self, key: str) -> Value:
         code = self.number("<I", f"{key}: type")
@@ -245,8 +283,10 @@ class _Cursor:
         if code == _STRING:
             count = self.count(f"{key}: length", self.strings_left, least_bytes=8)
             self.strings_left -= count
-            return [self.string(key) for _ in range(count)]
+            return self.strings(key, count)
         form = _SCALARS[code][1]
         size = struct.calcsize(form)
+        start = self.pos
         count = self.count(f"{key}: length", MAX_HEADER_BYTES, least_bytes=size)
+        self.charge(2 * count * size, key, start)
         return np.frombuffer(self.take(count * size, key), dtype=np.dtype(form.replace("b", "i1").replace("B", "u1")))

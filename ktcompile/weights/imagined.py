@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ktcompile.errors import ModelFileError, RulesError
 from ktcompile.weights import ggml
+from ktcompile.weights.mixture import Role, block_type, is_exact
 from ktcompile.weights.source import Part, TensorSpec, everywhere, missing
 
 _PLAIN = {"f32": (torch.float32, 4), "bf16": (torch.bfloat16, 2), "f16": (torch.float16, 2)}
@@ -71,19 +72,18 @@ class ImaginedSource:
         """The encoding of one tensor: norms, biases and routers are never quantised."""
         if self._encoding == "bf16":
             return "bf16"
-        if len(shape) < 2 or "norm" in name or ".gate.weight" in name or ".router." in name:
+        if is_exact(name, shape):
             return "f32"
         if self._encoding == "fp8":
             return "bf16" if "embed" in name or "lm_head" in name else "fp8_block128"
-        wanted = self._encoding
-        if wanted == "q4_k_m":
-            wanted = "q6_k" if "lm_head" in name or ("down_proj" in name and self._more_bits(name)) else "q4_k"
-        return (
-            wanted if shape[-1] % ggml.BY_NAME[wanted].block_values == 0 else "q8_0" if shape[-1] % 32 == 0 else "bf16"
-        )
+        return block_type(self._encoding, _role(name), shape[-1], _layer(name), self._layers)
 
-    def _more_bits(self, name: str) -> bool:
-        """llama.cpp's choice for Q4_K_M: the first and last eighth of the layers, and every third between."""
-        layer = next((int(p) for p in name.split(".") if p.isdigit()), 0)
-        eighth = self._layers // 8
-        return layer < eighth or layer >= 7 * self._layers // 8 or (layer - eighth) % 3 == 2
+
+def _role(name: str) -> Role:
+    """What a parameter is, by its Hugging Face name."""
+    roles: dict[str, Role] = {"lm_head": "head", "embed": "embedding", "down_proj": "down", "v_proj": "value"}
+    return next((role for word, role in roles.items() if word in name), "other")
+
+
+def _layer(name: str) -> int:
+    return next((int(p) for p in name.split(".") if p.isdigit()), 0)

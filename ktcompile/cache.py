@@ -200,7 +200,8 @@ class PagedCache(Cache):
     Ragged (`ragged=True`; what `ktcompile.load` runs): ids `[1, T]`, the tokens of request r are
     `query_start[r]:query_start[r + 1]`; call `begin(counts)` before a step and `advance()` after it.
 
-    `context` is the most tokens a request may hold. Memory is `requests * context` tokens, all of it allocated at once.
+    `context` is the most tokens a request may hold. Memory is `requests * context` tokens, all of it allocated at once;
+    `hollow`: none, for tracing.
     Raises CapacityError when a request outgrows it.
     """
 
@@ -213,6 +214,7 @@ class PagedCache(Cache):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | Sequence[torch.device | str] = "cpu",
         ragged: bool = False,
+        hollow: bool = False,
     ) -> None:
         count = config.num_hidden_layers
         devices = [device] * count if isinstance(device, (str, torch.device)) else list(device)
@@ -229,7 +231,8 @@ class PagedCache(Cache):
         self.page_table = table
         self.seq_len = torch.zeros(requests, dtype=torch.int64, device=main)
         self.query_start = torch.zeros(requests + 1, dtype=torch.int64, device=main)
-        pools = [torch.zeros(requests * self.pages_each, PAGE, self.row.width, dtype=dtype, device=d) for d in devices]
+        shape = requests * self.pages_each, PAGE, self.row.width
+        pools = [torch.zeros((1, 1, 1) if hollow else shape, dtype=dtype, device=d).expand(shape) for d in devices]
         self.pools = pools
         super().__init__(layers=[_PagedLayer(self, pool, i == count - 1) for i, pool in enumerate(pools)])
 

@@ -138,6 +138,7 @@ def capture(
     fresh = types.FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
+    collects = gc.isenabled()
     gc.disable()  # tracing makes millions of objects that live on: a fifth of the time went into looking at them
     try:
         with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
@@ -145,7 +146,8 @@ def capture(
     except torch._dynamo.exc.TorchDynamoException as error:
         raise KtransError(f"the model cannot be captured as one graph: {error}") from error
     finally:
-        gc.enable()
+        if collects:
+            gc.enable()
     annotate(found[0])
     return found[0]
 

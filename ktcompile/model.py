@@ -18,6 +18,7 @@ from ktcompile.checkpoint import Checkpoint, open_checkpoint
 from ktcompile.errors import KtransError, RulesError
 from ktcompile.graph import regions, short
 from ktcompile.kernel import available as available_kernels
+from ktcompile.layers import NotEqual, first, layers_of, repeat
 from ktcompile.packed_cache import PackedCache, packed_folder
 from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_pass, near, shipped
 from ktcompile.pipeline import available as available_passes
@@ -131,13 +132,20 @@ def _step(
     return logits
 
 
-def capture_phase(model: PreTrainedModel, phase: Phase, settings: Settings, checkpoint: Checkpoint) -> fx.GraphModule:
-    """The annotated graph of one step: decode is one token of one request, prefill any tokens of any requests."""
+def capture_phase(
+    model: PreTrainedModel, phase: Phase, settings: Settings, checkpoint: Checkpoint, *, repeated: bool = True
+) -> fx.GraphModule:
+    """The annotated graph of one step: decode is one token of one request, prefill any tokens of any requests.
+
+    `repeated`: trace equal layers once where that is known to be right.
+    """
     requests, tokens = (1, 1) if phase == "decode" else (2, 5)
     with torch.device("cpu"):
         # The page counts the memory of one request of `context` tokens, however many requests this graph can take.
         each = -(-settings.context // requests)
-        cache = PagedCache(model.config, requests=requests, context=each, dtype=settings.dtype, ragged=True)
+        cache = PagedCache(
+            model.config, requests=requests, context=each, dtype=settings.dtype, ragged=True, hollow=True
+        )
         cache.begin([tokens // requests + (r < tokens % requests) for r in range(requests)])
         if cache.page_table.shape[1] == 1:  # dynamo takes a size of one for a constant
             cache.page_table = torch.zeros(requests, 2, dtype=torch.int64)
@@ -154,7 +162,14 @@ def capture_phase(model: PreTrainedModel, phase: Phase, settings: Settings, chec
             (positions, 1),
             (keep, 0),
         ]
-    gm = capture(_step, (model, ids, positions, cache, keep, windows(model.config)), dynamic)
+    layers = layers_of(model) if repeated else None
+    with first(model, layers):
+        gm = capture(_step, (model, ids, positions, cache, keep, windows(model.config)), dynamic)
+    if layers is not None:
+        try:
+            repeat(gm, layers)
+        except NotEqual:
+            return capture_phase(model, phase, settings, checkpoint, repeated=False)
     annotate_weights(gm, checkpoint.source, computed(k for k, _ in model.named_buffers()))
     return gm
 
@@ -207,8 +222,10 @@ def explain(
     phase: Phase = "decode",
     tokens: int | None = None,
     encoding: str | None = None,
+    *,
+    every: bool = True,
 ) -> list[Plan]:
-    """The plan after each pass, the last one last. Reads no weight.
+    """The plan after each pass (or only the last one, without `every`), the last one last. Reads no weight.
 
     `encoding`: plan as if the weights were stored so; a configuration without weights needs none and counts as bf16.
     """
@@ -219,7 +236,7 @@ def explain(
         checkpoint = replace(checkpoint, source=imagined)
     gm = capture_phase(model, phase, settings, checkpoint)
     count = tokens or PLANNED_TOKENS[phase]
-    _, plans = run_pipeline(gm, settings, checkpoint.name, phase, count, every=True, source=checkpoint.source)
+    _, plans = run_pipeline(gm, settings, checkpoint.name, phase, count, every=every, source=checkpoint.source)
     return plans
 
 
@@ -342,8 +359,8 @@ def load(
     `model`: a GGUF file, a folder, or None for the embedded one. `gguf`: the routed experts for a folder, and what it
     lacks. `experts`: keep that many of the router's top-k (lossy). `quantize`: fewer bits for the routed experts, made
     while loading (lossy): `int4`, `int8`, …, or `GLOB=ENCODING,…`. `packed_cache`: a folder that keeps packed experts
-    for the next start; `user` is the user's cache folder, `model` one beside the model. Besides the usual methods it has
-    `plans` (by phase), `step` and `new_cache`.
+    for the next start; `user` is the user's cache folder, `model` one beside the model. Besides the usual methods it
+    has `plans` (by phase), `step` and `new_cache`.
     Raises ModelFileError, RulesError, CapacityError.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, gguf)

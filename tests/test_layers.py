@@ -23,6 +23,7 @@ ORDER = (
     "pipeline",
     "capture",
     "cache",
+    "layers",
     "tokenizer",
     "gguf_config",
     "packed_cache",
@@ -40,7 +41,7 @@ ORDER = (
 """A file imports only files before it. `__init__.py` is the facade, for passes, backends and users."""
 
 OWNERS = {
-    "transformers": {"capture", "cache", "checkpoint", "model", "tokenizer", "generate"},
+    "transformers": {"capture", "cache", "checkpoint", "layers", "model", "tokenizer", "generate"},
     "triton": {"backends.triton_mla"},
     "cffi": {"backends.native"},
     "ktcompile._native": {"backends.native"},

@@ -27,7 +27,7 @@ from ktcompile.backends import triton_mla as kernels
 from ktcompile.backends.triton_mla import Processors, Tiles
 from ktcompile.ops.mla import MLAShape, append_reference, attend_reference, mla_reference
 
-DEVICE = "cuda" if os.environ["TRITON_INTERPRET"] == "0" else "cpu"
+DEVICE = "cuda" if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available() else "cpu"
 HERE = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of |got - want| / |want|, whole tensor
 H100 = Processors(132, 227 << 10)

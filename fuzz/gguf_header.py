@@ -35,12 +35,17 @@ def one_input(data: bytes) -> None:
     """Read the bytes as a GGUF file in every way that ktcompile has."""
     os.ftruncate(FILE, 0)
     os.pwrite(FILE, data, 0)
-    for read in (_header, _model, _tokenizer, inspect_text):
+    for read in (_header, _model, _tokenizer, _page):
         try:
             read(PATH)
         except ModelFileError as error:
-            str(error).encode()  # what is printed can be printed
+            _check_text(str(error))
             assert PATH in str(error) and len(str(error)) < 4_000, str(error)
+
+
+def _check_text(text: str) -> None:
+    """It can be printed, and nothing in it moves the cursor."""
+    assert text.replace("\n", "").isprintable(), repr(text)
 
 
 def _header(path: str) -> None:
@@ -61,6 +66,10 @@ def _model(path: str) -> None:
 
 def _tokenizer(path: str) -> None:
     tokenizer_from_gguf(GGUFSource(path).metadata, path)
+
+
+def _page(path: str) -> None:
+    _check_text(inspect_text(path))
 
 
 def main() -> None:

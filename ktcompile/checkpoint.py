@@ -4,6 +4,7 @@ The only file here that imports transformers. Nothing that a model brings along 
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -20,6 +21,7 @@ from ktcompile.weights import GGUFSource, MixedSource, SafetensorsSource, Weight
 from ktcompile.weights.json import load_json
 from ktcompile.weights.names import expected_unused
 from ktcompile.weights.quantization import scale_block
+from ktcompile.weights.quoted import listed, plain, quoted
 
 EMBEDDED = "tiny-deepseek-v3-Q4_K_M.gguf"
 
@@ -116,7 +118,7 @@ def _open_folder(path: Path, gguf: Path | None, from_gguf: Sequence[str]) -> Che
     config_path = path / "config.json"
     if not config_path.is_file():
         inside = sorted(p.name for p in path.glob("*.gguf"))
-        hint = f"give the file itself: {path / inside[0]}" if inside else "a model folder has one"
+        hint = f"give the file itself: {path}/{plain(inside[0])}" if inside else "a model folder has one"
         raise ModelFileError(f"{path}: no config.json in this folder; {hint}")
     fields = load_json(config_path, MAX_CONFIG_BYTES)
     config = _config(fields, str(config_path))
@@ -154,9 +156,8 @@ def _gguf_source(path: Path) -> GGUFSource:
     unread = source.unused()
     expected = expected_unused(source.architecture, source.metadata, unread)
     if strange := sorted(set(unread) - set(expected)):
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise ModelFileError(
-            f"{path}: {', '.join(strange[:3])}{more}: tensors that a {source.architecture} model here has no use for; "
+            f"{path}: {listed(strange)}: tensors that a {source.architecture} model here has no use for; "
             "without them it would not be the same model"
         )
     return source
@@ -177,10 +178,11 @@ def _config(fields: Mapping[str, object], where: str) -> PretrainedConfig:
     """The config class of `model_type`, without anything that would load code or quantise, checked for sense."""
     model_type = fields.get("model_type")
     kept = {k: v for k, v in fields.items() if k not in _NOT_DATA and k != "model_type" and not k.startswith("_")}
-    if not isinstance(model_type, str):
+    if not isinstance(model_type, str) or not model_type.isprintable():
         raise ModelFileError(
-            f"{where}: model_type is {model_type!r}; config.json must name one that transformers knows"
+            f"{where}: model_type is {repr(model_type)[:80]}; config.json must name one that transformers knows"
         )
+    _check_text(kept, f"{where}: ")
     _check(fields, where)
     try:
         config: PretrainedConfig = AutoConfig.for_model(_SAME_AS.get(model_type, model_type), **kept)
@@ -188,6 +190,19 @@ def _config(fields: Mapping[str, object], where: str) -> PretrainedConfig:
         raise ModelFileError(f"{where}: no valid {model_type!r} configuration: {str(error)[:400]}") from error
     _check(config.to_dict(), where)  # again, with the defaults of the class
     return config
+
+
+def _check_text(value: object, where: str) -> None:
+    """Refuse text that moves a terminal's cursor: transformers repeats it in warnings."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_text(name, where)
+            _check_text(inner, f"{where}{name}.")
+    elif isinstance(value, list):
+        for inner in value:
+            _check_text(inner, where)
+    elif isinstance(value, str) and not re.sub(r"[\n\t]", "", value).isprintable():
+        raise ModelFileError(f"{where.rstrip('.: ')}: {quoted(value)} holds what cannot be printed")
 
 
 def _check(fields: Mapping[str, object], where: str) -> None:

@@ -528,6 +528,7 @@ def main() -> None:
 
 
 def _fail(text: str) -> NoReturn:
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)  # a path may hold anything
     err.print(f"ktrans: {text}", markup=False, style="red", soft_wrap=True)
     sys.exit(2)
 

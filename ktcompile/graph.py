@@ -241,7 +241,7 @@ class Region:
 
     @property
     def quantized(self) -> Mapping[str, str]:
-        """The encodings that its weights are brought to when they are packed; the others stay as the kernel has them."""
+        """The encodings that its weights are brought to when packed; the others stay as the kernel takes them."""
         chosen: Mapping[str, str] = self.node.meta.get("quantized", {})
         return chosen
 

@@ -1,6 +1,7 @@
 """Say what is in a model file, from its headers alone: `ktrans inspect`."""
 
 import json
+import math
 import re
 import textwrap
 from collections import Counter
@@ -16,12 +17,14 @@ from ktcompile.kernel import available
 from ktcompile.tokenizer import PRE_TOKENIZERS
 from ktcompile.verify import gib
 from ktcompile.weights import GGUFSource, SafetensorsSource
+from ktcompile.weights.collection import no_collection
 from ktcompile.weights.file import ModelFile
 from ktcompile.weights.gguf import shards as gguf_shards
 from ktcompile.weights.gguf_header import Header, Value, read_header
 from ktcompile.weights.json import load_json
 from ktcompile.weights.names import ARCHITECTURES, expected_unused
 from ktcompile.weights.quantization import scale_block
+from ktcompile.weights.quoted import plain
 
 MAX_JSON_BYTES = 16 << 20
 WIDTH = 110  # columns of the page
@@ -68,7 +71,7 @@ _GENERIC = {  # what every GGUF architecture says of itself -> the field of conf
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """A stored tensor, or one parameter's share of several: its name decides the group."""
 
@@ -144,6 +147,11 @@ def inspect_text(path: str) -> str:
 
 
 def _report(path: Path) -> Report:
+    with no_collection():
+        return _described(path)
+
+
+def _described(path: Path) -> Report:
     if path.is_dir() or path.suffix == ".safetensors":
         return _safetensors(path)
     if not path.exists():
@@ -186,10 +194,7 @@ def _gguf(path: Path) -> Report:
 
 def _stored(header: Header, name: str) -> Item:
     stored = header.tensors[name]
-    values = 1
-    for size in stored.shape:
-        values *= size
-    return Item(name, stored.type.name, values, stored.nbytes)
+    return Item(name, stored.type.name, math.prod(stored.shape), stored.nbytes)
 
 
 def _gguf_config(
@@ -234,7 +239,7 @@ def _safetensors(path: Path) -> Report:
     fields: Fields = load_json(config_path, MAX_JSON_BYTES) if config_path.is_file() else {}
     if path.is_dir() and not fields:
         inside = sorted(p.name for p in path.glob("*.gguf"))
-        hint = f"; give the file itself: {path / inside[0]}" if inside else ""
+        hint = f"; give the file itself: {path}/{plain(inside[0])}" if inside else ""
         raise ModelFileError(f"{path}: no config.json in this folder{hint}")
     if path.is_dir() and not any(path.glob("*.safetensors*")):
         return _config_only(path, fields)
@@ -249,11 +254,12 @@ def _safetensors(path: Path) -> Report:
     unused: tuple[str, ...] = ()
     try:
         for key in source.keys():  # noqa: SIM118  (a weight source is no mapping)
-            items += [Item(key, p.spec.encoding, _values(p.spec.shape), p.spec.nbytes) for p in source.parts(key)]
+            items += [Item(key, p.spec.encoding, math.prod(p.spec.shape), p.spec.nbytes) for p in source.parts(key)]
         unused = source.unused()
     except ModelFileError as error:  # a tensor that cannot be decoded: what came before it is still shown
         problem = problem or str(error)
-    beyond = frozenset(i.name for i in items if layers and (m := _LAYER.match(i.name)) and int(m[1]) >= layers)
+    names = dict.fromkeys(i.name for i in items)
+    beyond = frozenset(n for n in names if layers and (m := _LAYER.match(n)) and int(m[1]) >= layers)
     groups = _grouped(items, beyond)
     parameters, active = _parameters(groups, fields)
     return Report(
@@ -333,9 +339,12 @@ def _settings(folder: Path) -> Fields:
 def _grouped(items: Iterable[Item], beyond: frozenset[str]) -> tuple[Group, ...]:
     """Items by their part in the model, in the order of the page; `beyond` names those of prediction layers."""
     groups = {name: Group(name) for name in _ORDER}
+    kinds: dict[str, str] = {}  # experts that are stored one by one have the name of one parameter
     for item in items:
-        found = next((name for name, pattern in _GROUPS if pattern.match(item.name)), "other")
-        groups[_PREDICTION if item.name in beyond else found].add(item)
+        if item.name not in kinds:
+            found = next((name for name, pattern in _GROUPS if pattern.match(item.name)), "other")
+            kinds[item.name] = _PREDICTION if item.name in beyond else found
+        groups[kinds[item.name]].add(item)
     return tuple(group for group in groups.values() if group.tensors)
 
 
@@ -359,13 +368,6 @@ def _experts(config: Fields) -> int:
 def _integer(fields: Fields, name: str) -> int:
     value = fields.get(name)
     return value if type(value) is int and value > 0 else 0
-
-
-def _values(shape: Sequence[int]) -> int:
-    values = 1
-    for size in shape:
-        values *= size
-    return values
 
 
 def _first(value: object) -> str:

@@ -197,6 +197,9 @@ def gguf_model(**changes: object) -> bytes:
     return gguf_file(entries, tuple(tensors), data_bytes=offset)
 
 
+ESCAPE = "\x1b]0;title\x07\x1b[2J\r\u202e"
+"""What clears a terminal, renames its window and turns its text around."""
+
 _HUGE = count(1 << 60)
 GGUF: Mapping[str, tuple[bytes, str]] = {
     "empty": (b"", "empty"),
@@ -212,6 +215,7 @@ GGUF: Mapping[str, tuple[bytes, str]] = {
     "more tensors than bytes": (gguf_file(tensor_count=1 << 16), "tensor_count: 65536 is more than the 16384"),
     "one tensor too many": (gguf_file(tensor_count=2), "tensor '': 0 dimensions"),
     "2^63 entries": (gguf_file(entry_count=1 << 63), "metadata_kv_count: 9223372036854775808"),
+    "2^64-1 entries": (gguf_file(entry_count=(1 << 64) - 1), "metadata_kv_count: 18446744073709551615"),
     "one entry too many": (gguf_file(entry_count=2), "tensor '': 0 dimensions"),
     "key length 2^60": (gguf_file((_HUGE,)), "metadata key: length 1152921504606846976"),
     "key of 2 KB": (gguf_file((entry("k" * 2048, 0, b"\0"),)), "metadata key: length 2048"),
@@ -228,6 +232,7 @@ GGUF: Mapping[str, tuple[bytes, str]] = {
     "a tensor name of 2 KB": (gguf_file(tensors=(tensor("n" * 2048),)), "tensor name: length 2048"),
     "a key twice": (gguf_file((ARCHITECTURE, ARCHITECTURE)), "metadata key: 'general.architecture' occurs twice"),
     "an array of arrays": (gguf_file((array("a", 9, number(4) + count(1) + number(1), 1),)), "a: an array of arrays"),
+    "an array of 2^60 arrays": (gguf_file((array("a", 9, b"", 1 << 60),)), "a: an array of arrays"),
     "arrays 1000 deep": (gguf_file((entry("a", 9, (number(9) + count(1)) * 1000),)), "a: an array of arrays"),
     "array of type 50": (gguf_file((array("a", 50, b"", 1),)), "a: element type 50"),
     "array length 2^60": (gguf_file((array("a", 4, b"", 1 << 60),)), "a: length: 1152921504606846976"),
@@ -260,11 +265,13 @@ GGUF: Mapping[str, tuple[bytes, str]] = {
     "a dimension of 2^64-1": (gguf_file(tensors=(tensor("x", ((1 << 64) - 1,)),)), "tensor 'x': dimensions ["),
     "a product of 2^64": (gguf_file(tensors=(tensor("x", (1 << 32, 1 << 31, 2)),)), "tensor 'x': dimensions ["),
     "a product of 2^128": (gguf_file(tensors=(tensor("x", (1 << 32,) * 4),)), "tensor 'x': dimensions ["),
+    "a product of 2^64, which is 0": (gguf_file(tensors=(tensor("x", (1 << 32,) * 2),)), "tensor 'x': dimensions ["),
     "a product with 0 after overflow": (gguf_file(tensors=(tensor("x", (1 << 63, 2)),)), "tensor 'x': dimensions ["),
     "a tensor larger than any disk": (gguf_file(tensors=(tensor("x", (1 << 40, 1 << 10)),)), "tensor 'x': ends at"),
     "type 999": (gguf_file(tensors=(tensor("x", code=999),)), "tensor 'x': type 999"),
     "type 2^32-1": (gguf_file(tensors=(tensor("x", code=(1 << 32) - 1),)), "tensor 'x': type 4294967295"),
     "type 4, removed from ggml": (gguf_file(tensors=(tensor("x", code=4),)), "tensor 'x': type 4"),
+    "type 15, of activations": (gguf_file(tensors=(tensor("x", (256,), 15),)), "tensor 'x': type 15 cannot be decoded"),
     "a broken block": (gguf_file(tensors=(tensor("x", (33,), 2),)), "tensor 'x': rows of 33 values"),
     "an odd offset": (gguf_file(tensors=(tensor("x", offset=1),)), "tensor 'x': offset 1"),
     "an offset past the end": (gguf_file(tensors=(tensor("x", offset=1 << 40),)), "tensor 'x': ends at byte"),
@@ -293,6 +300,24 @@ GGUF: Mapping[str, tuple[bytes, str]] = {
         "architecture is 1",
     ),
     "an architecture that is a list": (gguf_file((array("general.architecture", 8, text("a"), 1),)), "['a']"),
+    "an architecture of much text": (
+        gguf_file((entry("general.architecture", 8, text("a" * (1 << 20))),)),
+        "architecture is 'aaaa",
+    ),
+    "a key that moves the cursor": (gguf_file((entry(ESCAPE, 13, b""),)), r"'\x1b]0;title\x07\x1b[2J\r\u202e': value"),
+    "such a key twice": (gguf_file((entry(ESCAPE, 0, b"\0"),) * 2), r"'\x1b]0;title\x07\x1b[2J\r\u202e' occurs twice"),
+    "a tensor name that moves the cursor": (
+        gguf_file(tensors=(tensor(ESCAPE, code=999),)),
+        r"tensor '\x1b]0;title\x07\x1b[2J\r\u202e': type 999",
+    ),
+    "such a tensor in another": (
+        gguf_file(tensors=(tensor(ESCAPE), tensor(ESCAPE + "2"))),
+        r"lies inside tensor '\x1b]0",
+    ),
+    "an architecture that moves the cursor": (
+        gguf_file((entry("general.architecture", 8, text(ESCAPE)),)),
+        r"architecture is '\x1b]0",
+    ),
 }
 """GGUF files that must be refused, and what the message says."""
 
@@ -302,6 +327,8 @@ NO_OFFSET = {
     "an unknown architecture",
     "an architecture that is a number",
     "an architecture that is a list",
+    "an architecture of much text",
+    "an architecture that moves the cursor",
 }
 """Those of GGUF that are wrong as a whole, not at a byte."""
 
@@ -359,6 +386,17 @@ SAFETENSORS: Mapping[str, tuple[bytes, str]] = {
     "overlapping tensors": (safetensors_file({"a": stored(), "b": stored(16, 48)}, 48), "the tensor before it ends"),
     "a hole": (safetensors_file({"a": stored(16, 48)}, 48), "the tensor before it ends"),
     "bytes after the last tensor": (safetensors_file({"a": stored()}, 64), "the last tensor ends"),
+    "a name that moves the cursor": (safetensors_file({ESCAPE: 3}), r"'\x1b]0;title\x07\x1b[2J\r\u202e': must be"),
+    "such a name twice": (
+        safetensors_file(f"{{{json.dumps(ESCAPE)}: 1, {json.dumps(ESCAPE)}: 2}}".encode()),
+        r"'\x1b]0;title\x07\x1b[2J\r\u202e' occurs twice",
+    ),
+    "such a name in one place with another": (
+        safetensors_file({ESCAPE: stored(), "b": stored()}),
+        "the tensor before it ends",
+    ),
+    "a dtype that moves the cursor": (safetensors_file({"a": stored(dtype=ESCAPE)}), r"dtype '\x1b]0"),
+    "offsets of 4,000 digits": (safetensors_file({"a": stored(0, 10**4000)}), "must be in order"),
 }
 """safetensors files that must be refused, and what the message says."""
 
@@ -373,6 +411,7 @@ OUTSIDE = (
     "",
     "x.bin",
     "x\0.safetensors",
+    "x\x1b[2J.safetensors",
     7,
     None,
     ["x.safetensors"],

@@ -375,6 +375,29 @@ def test_a_configuration_alone_is_refused(tmp_path: Path) -> None:
         converted(open_checkpoint(FOLDER.parent / "deepseek-v3-671b"), tmp_path / "out.gguf", "q8_0")
 
 
+@pytest.mark.parametrize(("name", "to"), [("out.gguf", "q8_0"), ("out", "fp8")])
+def test_half_a_model_is_refused_with_what_it_lacks(tmp_path: Path, name: str, to: str) -> None:
+    whole = open_checkpoint()
+    assert whole.source is not None
+    kept = [key for key in list(whole.source.keys()) if ".mlp.experts." not in key and key != "model.norm.weight"]
+    weights = {key: values(whole.source, key) for key in kept}
+    with pytest.raises(ModelFileError) as caught:
+        converted(in_memory(ModuleSource(weights), whole.config), tmp_path / name, to)
+    names = "model.layers.*.mlp.experts.down_proj (5), model.layers.*.mlp.experts.gate_up_proj (5), model.norm.weight"
+    assert str(caught.value).startswith("nowhere: lacks 11 of the 95 parameters of the model")
+    assert f": {names}; " in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tied_head_need_not_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktcompile.convert.metadata.tokenizer_metadata", lambda *a: {})
+    model = tiny.model("qwen3_moe")
+    model.config.tie_word_embeddings = True
+    weights = {name: value.detach() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    converted(in_memory(ModuleSource(weights), model.config), tmp_path / "out.gguf", "f32")
+    assert "output.weight" not in GGUFSource(tmp_path / "out.gguf").stored()
+
+
 def test_too_little_space_is_told_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     assert "needs 22.6" in (text := refusal(tmp_path / "out.gguf")) and "1.00 MB are free" in text

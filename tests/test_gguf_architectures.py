@@ -404,6 +404,8 @@ def relevant(config: PretrainedConfig) -> dict[str, object]:
         fields |= {"n_group": 1, "topk_group": 1}  # not looked at
     if config.model_type == "deepseek_v3":
         fields.pop("topk_method", None)  # a field of config.json that the class does not read
+    if config.model_type == "gpt_oss":
+        fields = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0} | fields  # transformers 5.17 has them in its code
     return fields
 
 

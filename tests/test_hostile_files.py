@@ -13,7 +13,7 @@ from pathlib import Path
 import hostile
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import GPU, captured
 from safetensors.torch import save_file
@@ -34,12 +34,13 @@ MEGABYTES = 100
 
 def refused(path: Path, open_it: Callable[[Path], object]) -> str:
     """The message of the ModelFileError, which names a file of that folder, is short and comes within a second."""
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ModelFileError) as caught:
         open_it(path)
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     message = str(caught.value)
     assert str(path if path.is_dir() else path.parent) in message and len(message) < 1_500
+    assert message.replace("\n", "").isprintable()  # nothing of the file moves the cursor
     message.encode()
     return message
 
@@ -95,6 +96,7 @@ def test_the_embedded_model_cut_anywhere(tmp_path_factory: pytest.TempPathFactor
     refused(path, GGUFSource)
 
 
+@settings(max_examples=200)
 @given(where=st.integers(0, len(hostile.EVERYTHING) - 513), byte=st.integers(0, 255))
 def test_one_wrong_byte_is_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory, where: int, byte: int) -> None:
     raw = bytearray(hostile.EVERYTHING)
@@ -240,10 +242,57 @@ def test_missing_swapped_and_extra_shards(tmp_path: Path) -> None:
     assert "1 of 2 shards are missing: b.safetensors" in refused(tmp_path, SafetensorsSource)
     save_file({"c": torch.zeros(2)}, tmp_path / "b.safetensors")
     assert "b.safetensors: lacks 1 tensors that the index promises, e.g. 'b'" in refused(tmp_path, SafetensorsSource)
-    save_file({"b": torch.zeros(2), "stray": torch.zeros(2)}, tmp_path / "b.safetensors")
-    save_file({"extra": torch.zeros(2)}, tmp_path / "c.safetensors")
-    source = SafetensorsSource(tmp_path)
-    assert sorted(source.keys()) == ["a", "b"] and source.unused() == ("stray",)
+
+
+def undecodable(path: Path, tensors: dict[str, tuple[str, list[int], int]]) -> SafetensorsSource:
+    """A file of tensors by dtype, shape and bytes."""
+    header, end = {}, 0
+    for name, (dtype, shape, nbytes) in tensors.items():
+        header[name] = hostile.stored(end, end + nbytes, shape, dtype)
+        end += nbytes
+    path.write_bytes(hostile.safetensors_file(header, end))
+    return SafetensorsSource(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("{}", {"{}": ("U32", [8], 32)}),
+        ("{}", {"{}": ("F8_E4M3", [4, 8], 32)}),
+        ("{}", {"{}": ("F8_E4M3", [4, 8], 32), "{}_scale": ("U8", [3], 3)}),
+        ("{}", {"{}_packed": ("I32", [4, 8], 128), "{}_scale": ("F32", [5], 20)}),
+        ("{}", {"{}_packed": ("I32", [4, 8], 128), "{}_scale": ("F32", [4, 2], 32), "{}_g_idx": ("U8", [1], 1)}),
+        ("{}", {"{}_blocks": ("U8", [4, 8], 32), "{}_scales": ("U8", [4], 4)}),
+        ("{}.experts.down_proj", {"{}.experts.1.down_proj.weight": ("F32", [2, 4], 32)}),
+        (
+            "{}.experts.down_proj",
+            {f"{{}}.experts.{e}.down_proj.weight": ("F32", [2, 4 + e], 32 + 8 * e) for e in range(2)},
+        ),
+        ("missing", {"missing.{}": ("F32", [8], 32), "missin{}": ("F32", [8], 32)}),
+        ("{}", {"missing.{}": ("F32", [8], 32)}),
+    ],
+    ids=str,
+)
+def test_parameters_whose_names_move_the_cursor(
+    tmp_path: Path, name: str, tensors: dict[str, tuple[str, list[int], int]]
+) -> None:
+    named = {text.format(hostile.ESCAPE): stored for text, stored in tensors.items()}
+    source = undecodable(tmp_path / "model.safetensors", named)
+    message = refused(tmp_path, lambda _: source.parts(name.format(hostile.ESCAPE)))
+    assert "x1b" in message or name == "missing"
+    assert inspect_text(str(source.path)).replace("\n", "").isprintable()
+
+
+def test_a_name_that_moves_the_cursor_stored_twice(tmp_path: Path) -> None:
+    names = (f"{hostile.ESCAPE}.experts.0.{kind}.weight" for kind in ("down_proj", "w2"))
+    said = refused(tmp_path, lambda p: undecodable(p / "model.safetensors", dict.fromkeys(names, ("F32", [8], 32))))
+    assert r"in '\x1b]0;title" in said
+
+
+def test_an_index_that_promises_a_name_that_moves_the_cursor(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    hostile.write_index(tmp_path, {"a": "a.safetensors", hostile.ESCAPE: "a.safetensors"})
+    assert r"e.g. '\x1b]0;title" in refused(tmp_path, SafetensorsSource)
 
 
 # ---- JSON
@@ -352,10 +401,10 @@ def test_other_files_of_a_gigabyte(folder: Callable[..., Path], name: str) -> No
 
 
 def refused_rules(path: Path) -> str:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RulesError) as caught:
         load_rules(path)
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     message = str(caught.value)
     assert len(message) < 1_000
     message.encode()
@@ -387,10 +436,10 @@ def test_rules_that_a_model_refuses(tmp_path: Path, case: str) -> None:
     path = tmp_path / "my.yaml"
     path.write_text(hostile.RULES_AGAINST_A_MODEL[case])
     graph = captured("deepseek_v3")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RulesError) as caught:
         load_rules(path).run(graph, Context(GPU))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert re.match(rf"{re.escape(str(path))}:[35]: ", str(caught.value)) and len(str(caught.value)) < 4_000
     assert seconds < 3 * SECONDS  # folding the model is most of it
 

@@ -1,13 +1,10 @@
-"""safetensors: names of every family, fused experts, FP8 blocks, the index, laziness, hostile files."""
+"""safetensors: names of every family, fused experts, FP8 blocks, the index, laziness."""
 # ruff: noqa: SIM118  (a weight source has keys(), but is no mapping to iterate over)
 
-import json
-import shutil
-import struct
 import time
-import tracemalloc
 from pathlib import Path
 
+import hostile
 import pytest
 import tiny
 import torch
@@ -17,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ktcompile.errors import ModelFileError
-from ktcompile.weights import SafetensorsSource, encoding, stored_bytes, values
+from ktcompile.weights import MixedSource, ModuleSource, Part, SafetensorsSource, encoding, stored_bytes, values
 from ktcompile.weights.safetensors_header import INDEX
 
 FP8 = Path(__file__).parent / "data" / "tiny-deepseek-v3"
@@ -202,8 +199,9 @@ def test_parameters_that_are_there_twice(tmp_path: Path, first: str, second: str
     for name in (first, second):
         save_file({name: torch.ones(2, 8, dtype=torch.int32)}, tmp_path / f"{name}.safetensors")
     names = {name: f"{name}.safetensors" for name in (first, second)}
+    hostile.write_index(tmp_path, names)
     with pytest.raises(ModelFileError) as caught:
-        SafetensorsSource(with_index(tmp_path, names))
+        SafetensorsSource(tmp_path)
     assert (
         "is stored twice" in str(caught.value)
         and repr(first) in str(caught.value)
@@ -211,134 +209,92 @@ def test_parameters_that_are_there_twice(tmp_path: Path, first: str, second: str
     )
 
 
-# ---- hostile files
-
-
-def refused(path: Path, target: Path) -> str:
-    tracemalloc.start()
-    start = time.perf_counter()
-    with pytest.raises(ModelFileError) as caught:
-        SafetensorsSource(path)
-    seconds, peak_bytes = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert seconds < 1 and peak_bytes < 100 << 20 and str(target) in str(caught.value)
-    assert len(str(caught.value)) < 1500
-    return str(caught.value)
-
-
-def file_of(header: object, data_bytes: int = 32, length: int | None = None) -> bytes:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(raw) if length is None else length) + raw + bytes(data_bytes)
-
-
-def tensor(begin: object = 0, end: object = 32, shape: object = None, dtype: object = "F32") -> dict[str, object]:
-    return {"dtype": dtype, "shape": [8] if shape is None else shape, "data_offsets": [begin, end]}
-
-
-HOSTILE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "empty"),
-    "seven bytes": (bytes(7), "7 bytes"),
-    "header 2^63": (file_of({}, length=1 << 63), "header length 9223372036854775808"),
-    "header past the end": (file_of({}, length=100), "header length 100"),
-    "bad JSON": (file_of(b'{"a": '), "not valid JSON"),
-    "not UTF-8": (file_of(b'{"\xff": 1}'), "not valid JSON"),
-    "deep JSON": (file_of(b"[" * 100_000), "not valid JSON"),
-    "a list": (file_of([]), "must be a JSON object"),
-    "huge number": (file_of(b'{"a": ' + b"9" * 10_000 + b"}"), "not valid JSON"),
-    "NaN": (file_of(b'{"a": NaN}'), "NaN"),
-    "name twice": (file_of(b'{"a": {}, "a": {}}'), "'a' occurs twice"),
-    "no object": (file_of({"a": 3}), "must be an object"),
-    "unknown dtype": (file_of({"a": tensor(dtype="F7")}), "dtype 'F7'"),
-    "dtype list": (file_of({"a": tensor(dtype=["F32"])}), "dtype"),
-    "negative shape": (file_of({"a": tensor(shape=[-8])}), "shape"),
-    "float shape": (file_of({"a": tensor(shape=[8.0])}), "shape"),
-    "bool shape": (file_of({"a": tensor(shape=[True])}), "shape"),
-    "shape 2^62": (file_of({"a": tensor(shape=[1 << 62])}), "shape"),
-    "shape overflows": (file_of({"a": tensor(shape=[1 << 61, 8, 1 << 61])}), "bits"),
-    "reversed offsets": (file_of({"a": tensor(32, 0)}), "must be in order"),
-    "negative offsets": (file_of({"a": tensor(-32, 0)}), "must be in order"),
-    "past the end": (file_of({"a": tensor(0, 64, [16])}), "cut off or damaged"),
-    "text offsets": (file_of({"a": tensor("0", "32")}), "two integers"),
-    "wrong size": (file_of({"a": tensor(0, 32, [4])}), "F32 [4] takes 128 bits, its data 256"),
-    "overlap": (file_of({"a": tensor(), "b": tensor()}), "the tensor before it ends"),
-    "partial overlap": (file_of({"a": tensor(), "b": tensor(16, 48)}, 48), "the tensor before it ends"),
-    "hole": (file_of({"a": tensor(16, 48)}, 48), "the tensor before it ends"),
-    "trailing bytes": (file_of({"a": tensor()}, 64), "the last tensor ends"),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile(tmp_path: Path, case: str) -> None:
-    raw, message = HOSTILE[case]
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(raw)
-    assert message in refused(path, path)
-
-
-def test_cut_at_every_byte(tmp_path: Path) -> None:
-    raw = file_of({"a": tensor(), "__metadata__": {"format": "pt"}})
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(raw)
-    assert list(SafetensorsSource(path).keys()) == ["a"]
-    for size in range(len(raw)):
-        path.write_bytes(raw[:size])
-        with pytest.raises(ModelFileError, match=r"model\.safetensors"):
-            SafetensorsSource(path)
-
-
-def with_index(folder: Path, weight_map: object) -> Path:
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
-@pytest.mark.parametrize(
-    "file", ["../../etc/passwd", "../x.safetensors", "/etc/passwd", "/tmp/x.safetensors", "a/b.safetensors",
-             "a\\b.safetensors", "..", "", "x.bin", "x\0.safetensors", 7, None, ["x.safetensors"]]
-)  # fmt: skip
-def test_index_that_leaves_the_folder(tmp_path: Path, file: object) -> None:
-    assert "in the same folder" in refused(with_index(tmp_path, {"w": file}), tmp_path / INDEX)
-
-
-@pytest.mark.parametrize("weight_map", [None, {}, [], "x"])
-def test_index_without_a_map(tmp_path: Path, weight_map: object) -> None:
-    assert "weight_map" in refused(with_index(tmp_path, weight_map), tmp_path / INDEX)
-
-
-def test_missing_shards_are_named(tmp_path: Path) -> None:
-    index = json.loads((FP8 / INDEX).read_text())["weight_map"]
-    shutil.copy(FP8 / "model-00001-of-00002.safetensors", tmp_path)
-    message = refused(with_index(tmp_path, index), tmp_path / INDEX)
-    assert "1 of 2 shards are missing: model-00002-of-00002.safetensors" in message
-
-
-def test_swapped_shards_are_named(tmp_path: Path) -> None:
-    names = ("a.safetensors", "b.safetensors")
-    for tensor_name, file in zip("ab", reversed(names), strict=True):
-        save_file({tensor_name: torch.zeros(2)}, tmp_path / file)
-    message = refused(with_index(tmp_path, {"a": names[0], "b": names[1]}), tmp_path / names[0])
-    assert "lacks 1 tensors that the index promises, e.g. 'a'" in message
+# ---- files
 
 
 def test_tensors_beside_the_index_are_unused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2), "stray": torch.zeros(2)}, tmp_path / "x.safetensors")
-    source = SafetensorsSource(with_index(tmp_path, {"a": "x.safetensors"}))
+    save_file({"extra": torch.zeros(2)}, tmp_path / "y.safetensors")
+    hostile.write_index(tmp_path, {"a": "x.safetensors"})
+    source = SafetensorsSource(tmp_path)
     assert list(source.keys()) == ["a"] and source.unused() == ("stray",)
 
 
 def test_folders_without_a_clear_file(tmp_path: Path) -> None:
-    assert "no safetensors file" in refused(tmp_path, tmp_path)
-    assert "no such file or folder" in refused(tmp_path / "x", tmp_path / "x")
+    with pytest.raises(ModelFileError, match="no safetensors file"):
+        SafetensorsSource(tmp_path)
+    with pytest.raises(ModelFileError, match="x: no such file or folder"):
+        SafetensorsSource(tmp_path / "x")
     for name in "ab":
         save_file({name: torch.zeros(2)}, tmp_path / f"{name}.safetensors")
-    assert "2 safetensors files, but no model.safetensors.index.json" in refused(tmp_path, tmp_path)
+    with pytest.raises(ModelFileError, match=r"2 safetensors files, but no model\.safetensors\.index\.json"):
+        SafetensorsSource(tmp_path)
 
 
 def test_opening_reads_only_the_header(tmp_path: Path) -> None:
     size = 32 << 30  # a sparse file
     path = tmp_path / "model.safetensors"
-    path.write_bytes(file_of({"w": tensor(0, size, [size // 128, 32])}, 0))
+    path.write_bytes(hostile.safetensors_file({"w": hostile.stored(0, size, [size // 128, 32])}, 0))
     with path.open("r+b") as file:
         file.truncate(file.seek(0, 2) + size)
     start = time.perf_counter()
     source = SafetensorsSource(path)
     assert source.read(source.parts("w")[0].cut(0, 7, 8)).sum() == 0 and time.perf_counter() - start < 1
+
+
+# ---- many experts
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> SafetensorsSource:
+    """FP8 experts of a few values each, in rows of 128 x 128 blocks."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name in (f"a.experts.{e}.{n}_proj.weight" for e in range(24) for n in ("gate", "up")):
+        tensors[name] = torch.randn(300, 16, generator=generator).to(torch.float8_e4m3fn)
+        tensors[name + "_scale_inv"] = torch.rand(3, 1, generator=generator)
+    path = tmp_path_factory.mktemp("many") / "model.safetensors"
+    save_file(tensors, path)
+    return SafetensorsSource(path)
+
+
+@given(expert=st.integers(0, 23), rows=st.tuples(st.integers(0, 599), st.integers(1, 600)))
+def test_a_block_reads_only_the_scale_blocks_that_it_needs(
+    many: SafetensorsSource, expert: int, rows: tuple[int, int]
+) -> None:
+    key = "a.experts.gate_up_proj"
+    where = (slice(expert, expert + 1), slice(rows[0], min(rows[0] + rows[1], 600)), slice(0, 16))
+    read: list[Part] = []
+
+    class Watched(ModuleSource):
+        spec, parts, read_scale = many.spec, many.parts, many.read_scale
+
+        def read(self, part: Part) -> torch.Tensor:
+            read.append(part)
+            return many.read(part)
+
+    assert torch.equal(values(Watched({}), key, where=where), values(many, key)[where])
+    first, last = where[1].start, where[1].stop
+    assert len(read) == (first < 300) + (last > 300)
+    assert sum(part.spec.shape[0] for part in read) < last - first + 4 * 128
+
+
+def test_parts_are_worked_out_once_and_are_in_order(many: SafetensorsSource) -> None:
+    for source in (many, MixedSource(many)):
+        parts = source.parts("a.experts.gate_up_proj")
+        assert source.parts("a.experts.gate_up_proj") is parts and len({id(part.spec) for part in parts}) == 1
+        assert source.spec("a.experts.gate_up_proj") is source.spec("a.experts.gate_up_proj")
+        starts = [part.where[0].start for part in parts]
+        assert starts == sorted(starts)
+
+
+def test_parts_that_leave_a_hole_are_an_error_not_what_was_in_memory(many: SafetensorsSource) -> None:
+    class Holed(ModuleSource):
+        spec, read, read_scale = many.spec, many.read, many.read_scale
+
+        def parts(self, key: str) -> tuple[Part, ...]:
+            return many.parts(key)[:3] + many.parts(key)[4:]
+
+    where = (slice(0, 2), slice(0, 600), slice(0, 16))
+    with pytest.raises(ModelFileError, match="hold 14400 of 19200 values asked for"):
+        values(Holed({}), "a.experts.gate_up_proj", where=where)

@@ -12,9 +12,12 @@ from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import torch
+
+from ktcompile.capture import computed, empty_model
 from ktcompile.checkpoint import Checkpoint
 from ktcompile.convert import to_gguf, to_safetensors
-from ktcompile.convert.chunks import Chunk, Progress, Quantize, Remembering, write
+from ktcompile.convert.chunks import Chunk, Progress, Quantize, write
 from ktcompile.convert.metadata import (
     TOKENIZER_FILES,
     config_fields,
@@ -27,6 +30,7 @@ from ktcompile.convert.report import Planned, Report, notes, size
 from ktcompile.errors import ModelFileError
 from ktcompile.files import atomic, atomic_folder
 from ktcompile.weights import WeightSource
+from ktcompile.weights.quoted import quoted
 
 __all__ = ["TARGETS", "Progress", "Report", "convert", "quantizer"]
 
@@ -65,7 +69,8 @@ def convert(
     `out` appears when it is complete and is as before if anything fails. `force` replaces it; of a folder only one that
     holds nothing but a model. `threads`: default all this process may use. Working memory is a few chunks of fp32, at
     most 1 GiB or one expert if that is larger.
-    Raises ModelFileError, before anything is written for what can be known then.
+    Raises ModelFileError, before anything is written for what can be known then: also if the source lacks parameters
+    that the model has, since half a model is none.
     """
     start = time.perf_counter()
     path = Path(out)
@@ -73,8 +78,9 @@ def convert(
         raise ModelFileError(f"a model cannot be converted to {to!r}; there are {', '.join(TARGETS)}")
     if checkpoint.source is None:
         raise ModelFileError(f"{checkpoint.path}: a configuration without weights; there is nothing to convert")
+    source = checkpoint.source
     _check_paths(checkpoint, path, to, force)
-    source = Remembering(checkpoint.source)
+    _check_complete(checkpoint, source)
     rounding = quantize or quantizer()
     run = partial(write, threads=threads or len(os.sched_getaffinity(0)), progress=progress)
     with _told(path):
@@ -90,7 +96,7 @@ def convert(
         seconds=time.perf_counter() - start,
         types=Counter(tensor.encoding for tensor in tensors),
         copied=sum(tensor.copied is not None for tensor in tensors),
-        notes=tuple(notes(checkpoint.source, source, tensors)),
+        notes=tuple(notes(source, tensors)),
     )
 
 
@@ -147,7 +153,24 @@ def _check_paths(checkpoint: Checkpoint, path: Path, to: str, force: bool) -> No
         raise ModelFileError(f"{path}: is already there; --force replaces it")
     strays = [] if is_file else [entry.name for entry in path.iterdir() if not _is_ours(entry.name)]
     if strays:
-        raise ModelFileError(f"{path}: holds {strays[0]!r}, which is no part of a model; --force does not remove it")
+        raise ModelFileError(
+            f"{path}: holds {quoted(strays[0])}, which is no part of a model; --force does not remove it"
+        )
+
+
+def _check_complete(checkpoint: Checkpoint, source: WeightSource) -> None:
+    """Refuse a source without all parameters of the Hugging Face model, such as a folder without its routed experts."""
+    names = set(empty_model(checkpoint.config, torch.bfloat16).state_dict())
+    names -= {*computed(names), *(("lm_head.weight",) if checkpoint.config.tie_word_embeddings else ())}
+    absent = sorted(names.difference(source.keys()))
+    if not absent:
+        return
+    kinds = Counter(re.sub(r"\.layers\.\d+\.", ".layers.*.", name) for name in absent)
+    shown = ", ".join(f"{kind} ({count})" if "*" in kind else kind for kind, count in kinds.items())
+    raise ModelFileError(
+        f"{checkpoint.path}: lacks {len(absent)} of the {len(names)} parameters of the model, and half a model cannot "
+        f"be converted: {shown}; if they are in a GGUF file, give it with --gguf"
+    )
 
 
 def _is_ours(name: str) -> bool:

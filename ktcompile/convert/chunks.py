@@ -4,7 +4,6 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ktcompile.errors import ModelFileError
-from ktcompile.weights import Part, TensorSpec, WeightSource, each
+from ktcompile.weights import each
+from ktcompile.weights.quoted import plain
 
 CHUNK_VALUES = 2 << 20  # decoded at a time by a thread, unless a row is longer
 ROW_ALIGN = 128  # where chunks of rows may begin: at a scale block of FP8
@@ -108,7 +108,7 @@ def encode(x: Tensor, encoding: str, quantize: Quantize, name: str) -> tuple[Ten
     try:
         found = quantize(x.reshape(-1, x.shape[-1]), encoding)
     except ValueError as error:
-        raise ModelFileError(f"{name}: cannot be written as {encoding}: {error}") from error
+        raise ModelFileError(f"{plain(name)}: cannot be written as {encoding}: {error}") from error
     return found if isinstance(found, tuple) else (found,)
 
 
@@ -116,7 +116,7 @@ def _half(x: Tensor, name: str) -> Tensor:
     half = x.to(torch.float16)
     lost = torch.isinf(half) & torch.isfinite(x)
     if lost.any():
-        raise ModelFileError(f"{name}: {x[lost][0].item():g} does not fit f16, which ends at 65504; use bf16")
+        raise ModelFileError(f"{plain(name)}: {x[lost][0].item():g} does not fit f16, which ends at 65504; use bf16")
     return half
 
 
@@ -126,19 +126,3 @@ Bounds = tuple[tuple[int, int, int], ...]
 def bounds(where: tuple[slice, ...]) -> Bounds:
     """Slices with start and stop as a key of a dict."""
     return tuple((w.start, w.stop, w.step or 1) for w in where)
-
-
-class Remembering:
-    """A source that works out the parts of a parameter once for all of its experts; it keeps those of a few."""
-
-    def __init__(self, source: WeightSource) -> None:
-        self.keys, self.read, self.read_scale = source.keys, source.read, source.read_scale
-        self._parts, self._spec = lru_cache(maxsize=16)(source.parts), cache(source.spec)
-
-    def parts(self, key: str) -> tuple[Part, ...]:
-        """As the source says."""
-        return self._parts(key)
-
-    def spec(self, key: str) -> TensorSpec:
-        """As the source says."""
-        return self._spec(key)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ktcompile.convert import to_gguf, to_safetensors
 from ktcompile.weights import GGUFSource, SafetensorsSource, WeightSource
+from ktcompile.weights.quoted import plain
 
 Planned = to_gguf.Planned | to_safetensors.Planned
 
@@ -46,7 +47,7 @@ class Report:
         )
 
 
-def notes(original: WeightSource, source: WeightSource, tensors: Sequence[Planned]) -> Iterator[str]:
+def notes(source: WeightSource, tensors: Sequence[Planned]) -> Iterator[str]:
     """What a user should know about the result."""
     twice: Counter[tuple[str, str]] = Counter()
     fallen: Counter[tuple[str, str]] = Counter()
@@ -60,9 +61,9 @@ def notes(original: WeightSource, source: WeightSource, tensors: Sequence[Planne
         yield f"rounded a second time, from an encoding that had lost precision already: {_list(twice, 'to')}"
     if fallen:
         yield f"rows do not divide into blocks, another type is used: {_list(fallen, 'as')}"
-    left = tuple(original.unused()) if isinstance(original, GGUFSource | SafetensorsSource) else ()
+    left = tuple(source.unused()) if isinstance(source, GGUFSource | SafetensorsSource) else ()
     if left:
-        yield f"left out, since no parameter of the model reads them: {len(left)} stored tensors, e.g. {left[0]}"
+        yield f"left out, since no parameter of the model reads them: {len(left)} stored tensors, e.g. {plain(left[0])}"
 
 
 def _list(pairs: Mapping[tuple[str, str], int], word: str) -> str:

@@ -11,6 +11,7 @@ from ktcompile.errors import ModelFileError
 from ktcompile.weights.file import ModelFile
 from ktcompile.weights.gguf_header import Stored, Value, read_header
 from ktcompile.weights.names import ARCHITECTURES, Sizes, absent, find_forms
+from ktcompile.weights.quoted import listed, plain, quoted
 from ktcompile.weights.source import Part, TensorSpec, combine, missing
 
 _NATURAL = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -39,12 +40,15 @@ class GGUFSource:
             metadata = header.metadata if metadata is None else metadata
             for name, stored in header.tensors.items():
                 if name in self._stored:
-                    raise ModelFileError(f"{shard}: tensor {name!r} is also in {self._stored[name][0].path.name}")
+                    other = plain(self._stored[name][0].path.name)
+                    raise ModelFileError(f"{shard}: tensor {quoted(name)} is also in {other}")
                 self._stored[name] = (file, stored)
         self.metadata = metadata or {}
         self.architecture = self._architecture()
         self._sizes = Sizes.stored(self.architecture, self.metadata, str(self.path))
         self._forms = find_forms(self.architecture, self._stored, self._sizes)
+        self._parts: dict[str, tuple[Part, ...]] = {}  # of the parameters that were asked for
+        self._specs: dict[str, TensorSpec] = {}
 
     @property
     def files(self) -> Sequence[ModelFile]:
@@ -57,18 +61,17 @@ class GGUFSource:
 
     def spec(self, key: str) -> TensorSpec:
         """Shape, dtype, encoding and stored bytes of a whole parameter; ModelFileError if there is none."""
-        return combine(key, self.parts(key))
+        if key not in self._specs:
+            self._specs[key] = combine(key, self.parts(key))
+        return self._specs[key]
 
     def parts(self, key: str) -> tuple[Part, ...]:
         """The stored pieces of a parameter: two for gate_up_proj, two a head for some of attention, else mostly one."""
         if key not in self._forms:
             raise self._missing(key)
-        form = self._forms[key]
-        try:
-            pieces = form.pieces(tuple(self._stored[name][1].shape for name in form.names), self._sizes)
-        except ValueError as error:
-            raise ModelFileError(f"{self.path}: {key}: {error}") from error
-        return tuple(Part(p.name, self._piece(p.name, p.shape), p.where, p.index, p.transpose) for p in pieces)
+        if key not in self._parts:
+            self._parts[key] = self._made(key)
+        return self._parts[key]
 
     def read(self, part: Part) -> Tensor:
         """The part as stored, read now: uint8 [..., rows, row_bytes] for block types, else f32, f16 or bf16."""
@@ -92,11 +95,20 @@ class GGUFSource:
         used = {name for form in self._forms.values() for name in form.names}
         return tuple(name for name in self._stored if name not in used)
 
+    def _made(self, key: str) -> tuple[Part, ...]:
+        form = self._forms[key]
+        try:
+            pieces = form.pieces(tuple(self._stored[name][1].shape for name in form.names), self._sizes)
+        except ValueError as error:
+            raise ModelFileError(f"{self.path}: {key}: {error}") from error
+        return tuple(Part(p.name, self._piece(p.name, p.shape), p.where, p.index, p.transpose) for p in pieces)
+
     def _architecture(self) -> str:
         name = self.metadata.get("general.architecture")
         if not isinstance(name, str) or name not in ARCHITECTURES:
+            shown = quoted(name) if isinstance(name, str) else str(name)[:80]
             raise ModelFileError(
-                f"{self.path}: general.architecture is {name!r}; known are {', '.join(sorted(ARCHITECTURES))}"
+                f"{self.path}: general.architecture is {shown}; known are {', '.join(sorted(ARCHITECTURES))}"
             )
         return name
 
@@ -105,8 +117,7 @@ class GGUFSource:
         lacking = absent(self.architecture, key, self._stored, self._sizes)
         if not lacking:
             return missing(key, str(self.path), self._forms)
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        return ModelFileError(f"{self.path}: no parameter {key!r}: the file lacks {', '.join(lacking[:3])}{more}")
+        return ModelFileError(f"{self.path}: no parameter {quoted(key)}: the file lacks {listed(lacking)}")
 
     def _piece(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
         """Spec of a piece of a stored tensor with whole rows."""
@@ -128,6 +139,5 @@ def shards(path: Path) -> list[Path]:
         raise ModelFileError(f"{path}: the name says file {int(match[2])} of {int(count)}")
     absent = [p.name for p in paths if not p.is_file()]
     if absent:
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        raise ModelFileError(f"{path}: the model has {len(paths)} files; missing: {', '.join(absent[:3])}{more}")
+        raise ModelFileError(f"{path}: the model has {len(paths)} files; missing: {listed(absent)}")
     return paths

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ktcompile.errors import ModelFileError
 from ktcompile.weights import ggml
 from ktcompile.weights.file import ModelFile
+from ktcompile.weights.quoted import plain, quoted
 
 Value = int | float | bool | str | list[str] | NDArray[np.generic]
 
@@ -47,7 +48,7 @@ _SCALARS = {  # code in the file -> (name, struct format)
 _STRING, _ARRAY = 8, 9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor as the header describes it; `offset` counts from the start of the file, shape is rows first."""
 
@@ -80,8 +81,8 @@ def read_header(file: ModelFile) -> Header:
         start = cursor.pos
         key = cursor.string("metadata key", MAX_NAME_BYTES)
         if key in metadata:
-            cursor.fail("metadata key", f"{key!r} occurs twice", start)
-        metadata[key] = cursor.value(key)
+            cursor.fail("metadata key", f"{quoted(key)} occurs twice", start)
+        metadata[key] = cursor.value(plain(key))
     alignment = _alignment(cursor, metadata)
     infos = [_tensor_info(cursor, alignment) for _ in range(tensor_count)]
     data = -(-cursor.pos // alignment) * alignment
@@ -117,7 +118,7 @@ class _Info:
 
 def _tensor_info(cursor: "_Cursor", alignment: int) -> _Info:
     name = cursor.string("tensor name", MAX_NAME_BYTES)
-    field = f"tensor {name!r}"
+    field = f"tensor {quoted(name)}"
     dim_count = cursor.number("<I", f"{field}: number of dimensions")
     if not 1 <= dim_count <= MAX_DIMS:
         cursor.fail(field, f"{dim_count} dimensions; 1 to {MAX_DIMS} are allowed", cursor.pos - 4)
@@ -146,18 +147,18 @@ def _place(cursor: "_Cursor", infos: list[_Info], data: int) -> dict[str, Stored
     for info in infos:
         t = info.stored
         if t.name in tensors:
-            cursor.fail(f"tensor {t.name!r}", "occurs twice", info.field_pos)
+            cursor.fail(f"tensor {quoted(t.name)}", "occurs twice", info.field_pos)
         end = data + t.offset + t.nbytes
         if end > cursor.size:
             why = f"ends at byte {end}, the file at {cursor.size}: cut off or damaged"
-            cursor.fail(f"tensor {t.name!r}", why, info.field_pos)
+            cursor.fail(f"tensor {quoted(t.name)}", why, info.field_pos)
         tensors[t.name] = Stored(t.name, t.type, t.shape, data + t.offset, t.nbytes)
     ordered = sorted(infos, key=lambda info: info.stored.offset)
     for before, after in itertools.pairwise(ordered):
         if before.stored.offset + before.stored.nbytes > after.stored.offset:
             cursor.fail(
-                f"tensor {after.stored.name!r}",
-                f"offset {after.stored.offset} lies inside tensor {before.stored.name!r}",
+                f"tensor {quoted(after.stored.name)}",
+                f"offset {after.stored.offset} lies inside tensor {quoted(before.stored.name)}",
                 after.field_pos,
             )
     return tensors
@@ -177,7 +178,7 @@ class _Cursor:
         self.base = 0
 
     def fail(self, field: str, why: str, pos: int | None = None) -> NoReturn:
-        raise ModelFileError(f"{self.file.path}: byte {self.pos if pos is None else pos}: {field[:200]}: {why}")
+        raise ModelFileError(f"{self.file.path}: byte {self.pos if pos is None else pos}: {field}: {why}")
 
     def need(self, count: int, field: str) -> None:
         """`count` bytes from here are in `data`, or an error."""
@@ -256,6 +257,7 @@ class _Cursor:
         return found
 
     def value(self, key: str) -> Value:
+        """The value of a metadata entry; `key` is its name for messages."""
         code = self.number("<I", f"{key}: type")
         if code == _STRING:
             return self.string(key)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ktcompile.errors import ModelFileError
+from ktcompile.weights.quoted import quoted
 
 MAX_VALUES = 400_000  # the index of a trillion-parameter model has 207,000 tensors
 MAX_WIDE_BYTES = 8 << 20  # of text that is not ASCII: Python may take four bytes a character for it
@@ -40,7 +41,7 @@ def parse_json(text: bytes, where: str, most_values: int = MAX_VALUES) -> dict[s
         content = dict(pairs)
         if len(content) != len(pairs):
             ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-            raise ModelFileError(f"{where}: {twice[:200]!r} occurs twice")
+            raise ModelFileError(f"{where}: {quoted(twice)} occurs twice")
         return content
 
     def constant(name: str) -> NoReturn:

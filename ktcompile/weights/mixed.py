@@ -16,6 +16,7 @@ class MixedSource:
         """`prefer(key)`: the number of the source that gives a parameter, if it has it; else the first that does."""
         self._sources = sources
         self._owner: dict[str, int] = {}
+        self._parts: dict[str, tuple[Part, ...]] = {}  # of the parameters that were asked for
         for number, source in enumerate(sources):
             for key in source.keys():  # noqa: SIM118  (a weight source is no mapping)
                 if key not in self._owner or prefer(key) == number:
@@ -37,7 +38,9 @@ class MixedSource:
     def parts(self, key: str) -> tuple[Part, ...]:
         """The parts of the source that has it; ModelFileError if none has."""
         owner = self._of(key)
-        return tuple(replace(p, name=f"{owner}:{p.name}") for p in self._sources[owner].parts(key))
+        if key not in self._parts:
+            self._parts[key] = tuple(replace(p, name=f"{owner}:{p.name}") for p in self._sources[owner].parts(key))
+        return self._parts[key]
 
     def read(self, part: Part) -> Tensor:
         """The raw encoding, from the part's own source."""

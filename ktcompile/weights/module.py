@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from ktcompile.errors import ModelFileError
+from ktcompile.weights.quoted import plain
 from ktcompile.weights.source import NATURAL, Part, TensorSpec, everywhere, missing
 
 
@@ -24,7 +25,7 @@ class ModuleSource:
         tensor = self._tensor(key)
         if tensor.dtype not in NATURAL:
             known = ", ".join(NATURAL.values())
-            raise ModelFileError(f"{key}: a parameter in memory of dtype {tensor.dtype}; known are {known}")
+            raise ModelFileError(f"{plain(key)}: a parameter in memory of dtype {tensor.dtype}; known are {known}")
         return TensorSpec(tuple(tensor.shape), tensor.dtype, NATURAL[tensor.dtype], tensor.nbytes)
 
     def parts(self, key: str) -> tuple[Part, ...]:

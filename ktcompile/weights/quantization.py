@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from ktcompile.errors import ModelFileError
+from ktcompile.weights.quoted import plain
 
 _USUAL = 128
 _FLOAT8 = ("float-quantized", 8, "float", True)
@@ -38,8 +39,9 @@ def _fp8(quantization: Mapping[str, object], where: str) -> int:
 def _compressed_tensors(quantization: Mapping[str, object], where: str) -> int:
     groups = quantization.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
-        raise ModelFileError(f"{where}config_groups is {str(groups)[:80]}; an object with groups is needed")
-    found = (_group(group, quantization.get("format"), f"{where}config_groups.{n[:80]}") for n, group in groups.items())
+        raise ModelFileError(f"{where}config_groups is {repr(groups)[:80]}; an object with groups is needed")
+    usual = quantization.get("format")
+    found = (_group(group, usual, f"{where}config_groups.{plain(name)}") for name, group in groups.items())
     sides = sorted({side for side in found if side is not None})
     if len(sides) > 1:
         raise ModelFileError(f"{where}config_groups have blocks of {sides}; one size is known")
@@ -50,11 +52,11 @@ def _group(group: object, usual_format: object, where: str) -> int | None:
     """Side of the blocks of one of the config_groups, None if it has none."""
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(group, Mapping) or not isinstance(weights, Mapping):
-        raise ModelFileError(f"{where}.weights is {str(weights)[:80]}; an object is needed")
+        raise ModelFileError(f"{where}.weights is {repr(weights)[:80]}; an object is needed")
     kind = (group.get("format") or usual_format, *(weights.get(name) for name in _NUMBERS))
     if kind not in _COMPRESSED:
         known = "; ".join(", ".join(map(str, kind)) for kind in _COMPRESSED)
-        found = ", ".join(str(value)[:40] for value in kind)
+        found = ", ".join(plain(str(value)[:40]) for value in kind)
         raise ModelFileError(f"{where}: format, {', '.join(_NUMBERS)} are {found}; known are {known}")
     if weights.get("actorder") not in (None, False, "static", "weight"):
         raise ModelFileError(f"{where}.weights.actorder is {str(weights['actorder'])[:40]!r}; groups must be in order")
@@ -69,7 +71,7 @@ def _side(size: object, where: str) -> int:
         return _USUAL
     square = isinstance(size, list) and len(size) == 2 and size[0] == size[1]
     if not isinstance(size, list) or not square or type(size[0]) is not int or not 1 <= size[0] <= 1 << 16:
-        raise ModelFileError(f"{where} is {str(size)[:80]}; a square such as [128, 128] is known")
+        raise ModelFileError(f"{where} is {repr(size)[:80]}; a square such as [128, 128] is known")
     return size[0]
 
 

@@ -3,13 +3,14 @@
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ktcompile.errors import ModelFileError
+from ktcompile.weights.collection import no_collection
 from ktcompile.weights.file import ModelFile
+from ktcompile.weights.quoted import quoted
 from ktcompile.weights.safetensors_forms import Form, form_of, tensor_of
 from ktcompile.weights.safetensors_header import Stored, read_header, shards
 from ktcompile.weights.source import Part, TensorSpec, combine, missing
@@ -27,7 +28,10 @@ _PLACES = {  # projection of one expert -> the parameter it is a piece of, and w
 _PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _WHOLE = (-1, 0)  # the place of a tensor that is a parameter by itself
 _MIXTRAL = re.compile(r".*\.block_sparse_moe\.experts\.\d{1,6}\.w1\.weight(_packed)?", re.DOTALL)
-_NO_PARAMETER = re.compile(r".*\.(rotary_emb\.inv_freq|(input|output|activation|[kqv])_scale)", re.DOTALL)
+_NO_PARAMETER = (
+    ".rotary_emb.inv_freq",
+    *(f".{what}_scale" for what in ("input", "output", "activation", "k", "q", "v")),
+)
 """A table that the model computes itself; scales of activations and caches, which are not quantised here."""
 
 
@@ -57,22 +61,15 @@ class SafetensorsSource:
         self._block = block
         self._stored: dict[str, Stored] = {}
         self._strays: list[str] = []  # stored, but not in the index
-        for shard, listed in shards(self.path).items():
-            found = read_header(ModelFile(shard))
-            absent = sorted(listed - found.keys()) if listed is not None else []
-            if absent:
-                raise ModelFileError(
-                    f"{shard}: lacks {len(absent)} tensors that the index promises, e.g. {absent[0]!r}"
-                )
-            for name, stored in found.items():
-                if listed is not None and name not in listed:
-                    self._strays.append(name)
-                    continue
-                self._stored[name] = stored
-        self._is_mixtral = any(_MIXTRAL.fullmatch(name) for name in self._stored)
         self._names: dict[str, dict[tuple[int, int], str]] = {}  # parameter -> (expert, piece) -> stored tensor
-        for name in self._stored:
-            self._add(name)
+        with no_collection():
+            self._read_headers()
+            self._is_mixtral = any(".w1." in name and _MIXTRAL.fullmatch(name) for name in self._stored)
+            for name in self._stored:
+                self._add(name)
+        self._forms: dict[str, Form] = {}  # of tensors that were asked for; at most one each, as of the parts
+        self._parts: dict[str, tuple[Part, ...]] = {}
+        self._specs: dict[str, TensorSpec] = {}
         self._keys = tuple(key for key in self._names if layers is None or _layer(key) < layers)
 
     @property
@@ -86,7 +83,9 @@ class SafetensorsSource:
 
     def spec(self, key: str) -> TensorSpec:
         """Shape, dtype, encoding and stored bytes of a whole parameter; ModelFileError if there is none."""
-        return combine(key, self.parts(key))
+        if key not in self._specs:
+            self._specs[key] = combine(key, self.parts(key))
+        return self._specs[key]
 
     def parts(self, key: str) -> tuple[Part, ...]:
         """The stored pieces of a parameter: 2 E for a gate_up_proj of single experts, E for down_proj, else one.
@@ -95,8 +94,11 @@ class SafetensorsSource:
         """
         if key not in self._names:
             raise missing(key, str(self.path), self._names)
-        found = self._names[key]
-        return (self._form(found[_WHOLE]).part(),) if _WHOLE in found else self._fused(key, found)
+        if key not in self._parts:
+            found = self._names[key]
+            whole = _WHOLE in found
+            self._parts[key] = (self._form(found[_WHOLE]).part(),) if whole else self._fused(key, found)
+        return self._parts[key]
 
     def read(self, part: Part) -> Tensor:
         """The part as `decode` takes it, read now; MXFP4 in ggml's blocks.
@@ -117,48 +119,64 @@ class SafetensorsSource:
                 used.update((part.name, *self._form(part.name).beside()))
         return (*(name for name in self._stored if name not in used), *self._strays)
 
+    def _read_headers(self) -> None:
+        for shard, listed in shards(self.path).items():
+            found = read_header(ModelFile(shard))
+            absent = sorted(listed - found.keys()) if listed is not None else []
+            if absent:
+                raise ModelFileError(
+                    f"{shard}: lacks {len(absent)} tensors that the index promises, e.g. {quoted(absent[0])}"
+                )
+            if listed is None or len(listed) == len(found):
+                self._stored |= found
+                continue
+            self._stored |= {name: stored for name, stored in found.items() if name in listed}
+            self._strays += [name for name in found if name not in listed]
+
     def _add(self, name: str) -> None:
         """Enter a stored tensor under the parameter that it belongs to."""
         key = tensor_of(name, self._stored)
-        if key is None or _NO_PARAMETER.fullmatch(key):
+        if key is None or key.endswith(_NO_PARAMETER):
             return
         place = _WHOLE
         if self._is_mixtral:
             key = key.replace(".block_sparse_moe.", ".mlp.")
-        if match := _EXPERT.fullmatch(key):
+        if ".experts." in key and (match := _EXPERT.fullmatch(key)):
             parameter, piece = _PLACES[match[3]]
             key, place = f"{match[1]}.{parameter}", (int(match[2]), piece)
         found = self._names.setdefault(key, {})
         if place in found or (found and _WHOLE in (place, *found)):
             other = found.get(place, next(iter(found.values())))
-            raise ModelFileError(f"{self.path}: {key!r} is stored twice, in {other!r} and in {name!r}")
+            both = f"{quoted(other)} and in {quoted(name)}"
+            raise ModelFileError(f"{self.path}: {quoted(key)} is stored twice, in {both}")
         found[place] = name
 
     def _fused(self, key: str, found: Mapping[tuple[int, int], str]) -> tuple[Part, ...]:
         prefix, _, kind = key.rpartition(".")
-        experts, projections = range(max(found)[0] + 1), _PROJECTIONS[kind]
-        for expert, piece in itertools.product(experts, range(len(projections))):
-            if (expert, piece) not in found:
-                raise ModelFileError(
-                    f"{self.path}: {f'{prefix}.{expert}.{projections[piece]}.weight'!r} is missing; "
-                    "other experts are there"
-                )
+        projections = _PROJECTIONS[kind]
+        places = list(itertools.product(range(max(found)[0] + 1), range(len(projections))))
+        if (absent := next((place for place in places if place not in found), None)) is not None:
+            name = f"{prefix}.{absent[0]}.{projections[absent[1]]}.weight"
+            raise ModelFileError(f"{self.path}: {quoted(name)} is missing; other experts are there")
         parts: list[Part] = []
-        for expert, piece in itertools.product(experts, range(len(projections))):
+        for expert, piece in places:
             part = self._form(found[expert, piece]).part()
             first = parts[0] if parts else part
             if part.spec.shape != first.spec.shape or len(first.spec.shape) != 2:
                 raise ModelFileError(
-                    f"{self.path}: {part.name!r} has shape {list(part.spec.shape)}, {first.name!r} "
+                    f"{self.path}: {quoted(part.name)} has shape {list(part.spec.shape)}, {quoted(first.name)} "
                     f"{list(first.spec.shape)}; experts are matrices of one shape"
                 )
-            rows, cols = part.spec.shape
+            spec = first.spec if part.spec == first.spec else part.spec  # one object for all: there may be 46,000
+            rows, cols = spec.shape
             where = (slice(expert, expert + 1), slice(piece * rows, (piece + 1) * rows), slice(0, cols))
-            parts.append(replace(part, where=where))
+            parts.append(Part(part.name, spec, where, part.index, part.transpose, part.scale))
         return tuple(parts)
 
     def _form(self, name: str) -> Form:
-        return form_of(name, self._stored, self._block)
+        if name not in self._forms:
+            self._forms[name] = form_of(name, self._stored, self._block)
+        return self._forms[name]
 
 
 def _layer(key: str) -> int:

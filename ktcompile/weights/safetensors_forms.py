@@ -1,7 +1,6 @@
 """How one tensor is stored in safetensors files: plain, FP8 with scales, packed int4, MXFP4 blocks."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ktcompile.errors import ModelFileError
 from ktcompile.weights.file import Index
+from ktcompile.weights.quoted import plain, quoted
 from ktcompile.weights.safetensors_header import DTYPES, Stored
 from ktcompile.weights.source import NATURAL, Part, TensorSpec, block_index, everywhere
 
@@ -20,7 +20,7 @@ FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype in NATURAL)
 GROUPS = (32, 64, 128)
 
 _QUANTISED = {"": "F8_E4M3", "_packed": "I32", "_blocks": "U8"}  # how names of quantised tensors end -> their type
-_BESIDE = re.compile(r"(.*)(_scale_inv|_scale|_scales|_shape|_zero_point|_g_idx)", re.DOTALL)
+_BESIDE = ("_scale_inv", "_scale", "_scales", "_shape", "_zero_point", "_g_idx")
 
 
 class Form(Protocol):
@@ -43,7 +43,7 @@ class Form(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Plain:
     """Values in F32, F16 or BF16."""
 
@@ -64,7 +64,7 @@ class Plain:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fp8:
     """`T` F8_E4M3 [..., rows, cols] with `T_scale_inv` (DeepSeek) or `T_scale` (compressed-tensors), both multiplied.
 
@@ -84,8 +84,8 @@ class Fp8:
         of_rows = scales in ((*rows, 1), rows, (1,), ())
         if len(shape) < 2 or self.scale.dtype not in FLOATS or not (of_rows or scales == blocks):
             raise ModelFileError(
-                f"{self.scale.file.path}: {self.scale_name!r} is {self.scale.dtype} {list(scales)}; "
-                f"{self.name!r} {list(shape)} needs {list(blocks)} (blocks of {self.block}), {[*rows, 1]} (rows) "
+                f"{self.scale.file.path}: {quoted(self.scale_name)} is {self.scale.dtype} {list(scales)}; "
+                f"{quoted(self.name)} {list(shape)} needs {list(blocks)} (blocks of {self.block}), {[*rows, 1]} (rows) "
                 f"or one, in {', '.join(FLOATS)}"
             )
         encoding = f"fp8_block{self.block}" if scales == blocks else "fp8_row"
@@ -108,7 +108,7 @@ class Fp8:
         return self.scale.read(index, shape=(*rows, 1)).float()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Int4:
     """`T_packed` I32 [rows, cols / 8] with `T_scale` [rows, cols / g], and `T_shape` that holds [rows, cols].
 
@@ -128,8 +128,8 @@ class Int4:
         group = cols // scales[-1] if scales and scales[-1] and cols % scales[-1] == 0 else 0
         if len(shape) != 2 or group not in GROUPS or scales[:-1] != shape[:1] or self.scale.dtype not in FLOATS:
             raise ModelFileError(
-                f"{self.scale.file.path}: {self.scale_name!r} is {self.scale.dtype} {list(scales)}; "
-                f"{self.name!r} {list(shape)}, eight values in each, needs [rows, cols / g] "
+                f"{self.scale.file.path}: {quoted(self.scale_name)} is {self.scale.dtype} {list(scales)}; "
+                f"{quoted(self.name)} {list(shape)}, eight values in each, needs [rows, cols / g] "
                 f"with g one of {', '.join(map(str, GROUPS))}, in {', '.join(FLOATS)}"
             )
         nbytes = self.stored.nbytes + self.scale.nbytes + (self.shape.nbytes if self.shape else 0)
@@ -144,8 +144,8 @@ class Int4:
         want = list(self.part().spec.shape)
         if self.shape and (found := _two_integers(self.shape)) != want:
             raise ModelFileError(
-                f"{self.shape.file.path}: {self.shape_name!r} is {found}; {self.name!r} {list(self.stored.shape)} "
-                f"holds {want}"
+                f"{self.shape.file.path}: {quoted(self.shape_name)} is {found}; {quoted(self.name)} "
+                f"{list(self.stored.shape)} holds {want}"
             )
         return self.stored.read(_leading(index, 1, self.name))
 
@@ -153,7 +153,7 @@ class Int4:
         return self.scale.read(_leading(index, 1, self.name)).float()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Mxfp4:
     """`T_blocks` U8 [E, rows, cols / 32, 16] with `T_scales` U8 [E, rows, cols / 32], as gpt-oss ships.
 
@@ -169,8 +169,9 @@ class Mxfp4:
         shape, scales = self.stored.shape, self.scale.shape
         if len(shape) != 4 or shape[3] != 16 or scales != shape[:3] or self.scale.dtype != "U8":
             raise ModelFileError(
-                f"{self.scale.file.path}: {self.scale_name!r} is {self.scale.dtype} {list(scales)}; "
-                f"{self.name!r} {list(shape)} needs U8 [E, rows, blocks] and has itself to be [E, rows, blocks, 16]"
+                f"{self.scale.file.path}: {quoted(self.scale_name)} is {self.scale.dtype} {list(scales)}; "
+                f"{quoted(self.name)} {list(shape)} needs U8 [E, rows, blocks] and has itself to be "
+                "[E, rows, blocks, 16]"
             )
         experts, rows, cols = shape[0], shape[1], 32 * shape[2]
         spec = TensorSpec((experts, rows, cols), torch.float32, "mxfp4", self.stored.nbytes + self.scale.nbytes)
@@ -187,7 +188,9 @@ class Mxfp4:
         index = _leading(index, 2, self.name)
         scales = self.scale.read(index)
         if (scales == 255).any():
-            raise ModelFileError(f"{self.scale.file.path}: {self.scale_name!r} has a scale of 255, which is no number")
+            raise ModelFileError(
+                f"{self.scale.file.path}: {quoted(self.scale_name)} has a scale of 255, which is no number"
+            )
         first, second = self.stored.read(index).chunk(2, -1)  # values 0..15 and 16..31
         even, odd = first & 15 | second << 4, first >> 4 | second & 0xF0
         return torch.cat([scales[..., None], torch.stack([even, odd], -1).flatten(-2)], -1).flatten(-2)
@@ -198,22 +201,27 @@ class Mxfp4:
 
 def tensor_of(name: str, tensors: Tensors) -> str | None:
     """Which tensor a stored one holds, in whatever form; None if it is only the scale or shape of another."""
-    beside = _BESIDE.fullmatch(name)
-    if beside and any(_is(beside[1] + ending, ending, tensors) for ending in _QUANTISED):
-        return None
-    return next((name.removesuffix(e) for e in _QUANTISED if e and name.endswith(e) and _is(name, e, tensors)), name)
+    if name.endswith(_BESIDE):
+        of = next(name.removesuffix(e) for e in _BESIDE if name.endswith(e))
+        return None if any(_is(of + ending, ending, tensors) for ending in _QUANTISED) else name
+    if name.endswith(("_packed", "_blocks")):
+        ending = name[-7:]
+        return name.removesuffix(ending) if _is(name, ending, tensors) else name
+    return name
 
 
 def form_of(name: str, tensors: Tensors, block: int) -> Form:
     """The form of a stored tensor; ModelFileError if it is not known or something that belongs to it is missing."""
     stored = tensors[name]
-    tensor = tensor_of(name, tensors) or name
     if stored.dtype in FLOATS:
         return Plain(name, stored)
+    tensor = tensor_of(name, tensors) or name
     if name == tensor + "_packed":
         for ending, why in (("_zero_point", "only symmetric integers"), ("_g_idx", "only groups in order")):
             if tensor + ending in tensors:
-                raise ModelFileError(f"{stored.file.path}: {name!r} has a {tensor + ending!r}; {why} are known")
+                raise ModelFileError(
+                    f"{stored.file.path}: {quoted(name)} has a {quoted(tensor + ending)}; {why} are known"
+                )
         scale, shape = tensor + "_scale", tensor + "_shape"
         return Int4(name, stored, scale, _partner(name, scale, tensors), shape, tensors.get(shape))
     if name == tensor + "_blocks":
@@ -222,7 +230,7 @@ def form_of(name: str, tensors: Tensors, block: int) -> Form:
         scale = next((tensor + e for e in ("_scale_inv", "_scale") if tensor + e in tensors), tensor + "_scale_inv")
         return Fp8(name, stored, scale, _partner(name, scale, tensors), block)
     raise ModelFileError(
-        f"{stored.file.path}: {name!r} is {stored.dtype}; known are {', '.join(FLOATS)}, F8_E4M3, "
+        f"{stored.file.path}: {quoted(name)} is {stored.dtype}; known are {', '.join(FLOATS)}, F8_E4M3, "
         "I32 named '*_packed' and U8 named '*_blocks'"
     )
 
@@ -234,7 +242,9 @@ def _is(name: str, ending: str, tensors: Tensors) -> bool:
 def _partner(name: str, wanted: str, tensors: Tensors) -> Stored:
     if wanted not in tensors:
         stored = tensors[name]
-        raise ModelFileError(f"{stored.file.path}: {name!r} is {stored.dtype}, but there is no {wanted!r} for it")
+        raise ModelFileError(
+            f"{stored.file.path}: {quoted(name)} is {stored.dtype}, but there is no {quoted(wanted)} for it"
+        )
     return tensors[wanted]
 
 
@@ -247,5 +257,5 @@ def _two_integers(shape: Stored) -> object:
 def _leading(index: Index, axes: int, name: str) -> Index:
     """The index of the leading axes, those before columns, which are stored several in one and cannot be cut."""
     if any(entry != slice(0, None) for entry in index[axes:]):
-        raise ValueError(f"{name}: index {index} cuts columns that are stored together")
+        raise ValueError(f"{plain(name)}: index {index} cuts columns that are stored together")
     return index[:axes]

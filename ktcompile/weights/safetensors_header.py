@@ -1,7 +1,6 @@
 """Which tensors a safetensors model has and where their bytes lie: the index, the shards and their headers."""
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from ktcompile.errors import ModelFileError
 from ktcompile.weights.file import Index, ModelFile
 from ktcompile.weights.json import load_json, parse_json
+from ktcompile.weights.quoted import listed, quoted
 
 MAX_HEADER_BYTES = 32 << 20  # a shard of a 671B model has 100 KB
 MAX_INDEX_BYTES = 128 << 20  # 671B: 9 MB
@@ -29,7 +29,7 @@ _BITS = {"BOOL": 8, "F4": 4, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, 
 _BITS |= {"F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor as a header describes it; `offset` counts from the start of the file."""
 
@@ -66,17 +66,21 @@ def _index(path: Path) -> dict[Path, set[str] | None]:
         raise ModelFileError(f"{path}: weight_map: must be an object that gives a file for every tensor")
     names: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file or re.search(r"[/\\]", file):
+        if not isinstance(file, str) or (file not in names and not _is_name(file)):
             raise ModelFileError(
-                f"{path}: weight_map: {tensor[:200]!r} is in {str(file)[:200]!r}; "
-                "shards are *.safetensors files in the same folder"
+                f"{path}: weight_map: {quoted(tensor)} is in {quoted(str(file))}; "
+                "shards are *.safetensors files in the same folder, with printable names"
             )
         names.setdefault(file, set()).add(tensor)
     absent = [file for file in names if not (path.parent / file).is_file()]
     if absent:
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        raise ModelFileError(f"{path}: {len(absent)} of {len(names)} shards are missing: {', '.join(absent[:3])}{more}")
+        raise ModelFileError(f"{path}: {len(absent)} of {len(names)} shards are missing: {listed(absent)}")
     return {path.parent / file: tensors for file, tensors in names.items()}
+
+
+def _is_name(file: str) -> bool:
+    """Whether it can be that of a shard: a path would leave the folder, a control character reach the terminal."""
+    return file.endswith(".safetensors") and file.isprintable() and "/" not in file and "\\" not in file
 
 
 def read_header(file: ModelFile) -> dict[str, Stored]:
@@ -98,7 +102,7 @@ def read_header(file: ModelFile) -> dict[str, Stored]:
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if stored.offset != end:
             raise ModelFileError(
-                f"{file.path}: {name!r} begins at byte {stored.offset}, the tensor before it ends at {end}"
+                f"{file.path}: {quoted(name)} begins at byte {stored.offset}, the tensor before it ends at {end}"
             )
         end = stored.offset + stored.nbytes
     if end != file.size_bytes:
@@ -107,23 +111,26 @@ def read_header(file: ModelFile) -> dict[str, Stored]:
 
 
 def _entry(file: ModelFile, name: str, info: object, data: int) -> Stored:
-    where = f"{file.path}: header: {name[:200]!r}"
     if not isinstance(info, dict):
-        raise ModelFileError(f"{where}: must be an object with dtype, shape and data_offsets")
+        raise _wrong(file, name, "must be an object with dtype, shape and data_offsets")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ModelFileError(f"{where}: dtype {str(dtype)[:50]!r} is not known; {', '.join(_BITS)} are")
-    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape):
-        raise ModelFileError(f"{where}: shape {str(shape)[:200]} must be a list of at most 8 sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-        raise ModelFileError(f"{where}: data_offsets {str(offsets)[:200]} must be two integers")
+        raise _wrong(file, name, f"dtype {quoted(str(dtype))} is not known; {', '.join(_BITS)} are")
+    if not isinstance(shape, list) or len(shape) > 8 or not set(map(type, shape)) <= {int}:
+        raise _wrong(file, name, f"shape {str(shape)[:200]} must be a list of at most 8 sizes")
+    if shape and not 0 <= min(shape) <= max(shape) < 1 << 62:
+        raise _wrong(file, name, f"shape {str(shape)[:200]}: sizes from 0 to 2^62 are allowed")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not type(offsets[0]) is type(offsets[1]) is int:
+        raise _wrong(file, name, f"data_offsets {str(offsets)[:200]} must be two integers")
     begin, end = offsets
     if not 0 <= begin <= end <= file.size_bytes - data:
-        raise ModelFileError(
-            f"{where}: data_offsets {offsets} must be in order and end by {file.size_bytes - data}: cut off or damaged"
-        )
-    if 8 * (end - begin) != math.prod(shape) * _BITS[dtype]:
-        raise ModelFileError(
-            f"{where}: {dtype} {shape} takes {math.prod(shape) * _BITS[dtype]} bits, its data {8 * (end - begin)}"
-        )
+        why = f"must be in order and end by {file.size_bytes - data}: cut off or damaged"
+        raise _wrong(file, name, f"data_offsets {str(offsets)[:200]} {why}")
+    if 8 * (end - begin) != (bits := math.prod(shape) * _BITS[dtype]):
+        raise _wrong(file, name, f"{dtype} {shape} takes {bits} bits, its data {8 * (end - begin)}")
     return Stored(file, dtype, tuple(shape), data + begin, end - begin)
+
+
+def _wrong(file: ModelFile, name: str, why: str) -> ModelFileError:
+    """The error for a tensor of the header."""
+    return ModelFileError(f"{file.path}: header: {quoted(name)}: {why}")

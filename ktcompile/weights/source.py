@@ -1,5 +1,6 @@
 """A parameter as stored: its parts, their encodings, and the one decoder that every kernel is compared with."""
 
+import bisect
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,13 +13,14 @@ from torch import Tensor
 from ktcompile.errors import ModelFileError
 from ktcompile.weights import ggml
 from ktcompile.weights.file import Index
+from ktcompile.weights.quoted import plain, quoted
 
 NATURAL = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}  # dtypes that are their own encoding
 
 CHUNK_VALUES = 1 << 20  # decoded at a time: 4 MiB of fp32, a few times that in temporaries
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Shape and encoding of a tensor whose bytes need not be in memory.
 
@@ -31,7 +33,7 @@ class TensorSpec:
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """One stored tensor, or an indexed piece of one, and where in a parameter it goes.
 
@@ -83,7 +85,10 @@ class WeightSource(Protocol):
         ...
 
     def parts(self, key: str) -> tuple[Part, ...]:
-        """The stored pieces that make up a parameter; ModelFileError with near matches if there is none."""
+        """The stored pieces that make up a parameter; ModelFileError with near matches if there is none.
+
+        They are in order along the first axis: neither start nor stop of `where[0]` falls from one to the next.
+        """
         ...
 
     def read(self, part: Part) -> Tensor:
@@ -106,17 +111,17 @@ def values(
 
     `where`: only this block of it, a slice with start and stop for every dimension. Working memory beside the result is
     a few MiB whatever the size of the parameter.
-    Raises ModelFileError for an unknown key, ValueError if `out` has another shape.
+    Raises ModelFileError for an unknown key and for parts that leave a hole, ValueError if `out` has another shape.
     """
-    parts = source.parts(key)
     where = where or everywhere(source.spec(key).shape)
     shape = tuple(w.stop - w.start for w in where)
     if out is None:
         out = torch.empty(shape, dtype=dtype)
     if tuple(out.shape) != shape:
-        raise ValueError(f"{key}: out has shape {tuple(out.shape)}, the parameter {shape}")
+        raise ValueError(f"{plain(key)}: out has shape {tuple(out.shape)}, the parameter {shape}")
+    found_values = 0
     with torch.no_grad():
-        for part in parts:
+        for part in _near(source.parts(key), where):
             near = restricted(part, where)
             for piece in () if near is None else pieces(near):
                 place = _overlap(piece.where, where)
@@ -125,8 +130,21 @@ def values(
                 inside, outside = place
                 found = decode(source.read(piece), piece.spec.encoding, source.read_scale(piece))
                 found = found.transpose(-2, -1) if piece.transpose else found
-                out[outside].copy_(found[inside[len(inside) - found.dim() :]])
+                block = out[outside]
+                block.copy_(found[inside[len(inside) - found.dim() :]])
+                found_values += block.numel()
+    if found_values != out.numel():
+        raise ModelFileError(f"{plain(key)}: the stored tensors hold {found_values} of {out.numel()} values asked for")
     return out
+
+
+def _near(parts: Sequence[Part], where: tuple[slice, ...]) -> Sequence[Part]:
+    """The parts that the block `where` may need, found without a look at each: of 512 for experts it needs two."""
+    if not where:
+        return parts
+    first = bisect.bisect_right(parts, where[0].start, key=lambda part: part.where[0].stop)
+    last = bisect.bisect_left(parts, where[0].stop, key=lambda part: part.where[0].start)
+    return parts[first:last]
 
 
 def pieces(part: Part, most: int = CHUNK_VALUES) -> Iterator[Part]:
@@ -139,7 +157,7 @@ def pieces(part: Part, most: int = CHUNK_VALUES) -> Iterator[Part]:
         inner = math.prod(shape[1:])
         step = max(1, most // inner)
     else:
-        align = fp8_block(part.spec.encoding) if part.spec.encoding.startswith("fp8_block") else 1
+        align = row_align(part.spec.encoding)
         step = max(1, most // shape[1] // align) * align
     for start in range(0, shape[0], step):
         piece = part.cut(0, start, min(start + step, shape[0]))
@@ -167,15 +185,18 @@ def _position(index: list[int | slice], axis: int) -> int:
 
 
 def restricted(part: Part, where: tuple[slice, ...]) -> Part | None:
-    """The part without the leading entries (of all axes but the last two) that the block `where` does not need."""
+    """The part without what the block `where` does not need of all axes but the last (of rows, whole scale blocks)."""
     place = _overlap(part.where, where)
     if place is None:
         return None
     rank = len(part.spec.shape)
-    for axis in range(rank - 2):
-        span = place[0][len(part.where) - rank + axis]
-        if span.stop - span.start < part.spec.shape[axis]:
-            part = part.cut(axis, span.start, span.stop)
+    for axis in range(rank - 1):
+        is_rows = axis == rank - 2
+        span = place[0][len(part.where) - rank + axis + (is_rows and part.transpose)]
+        align = row_align(part.spec.encoding) if is_rows else 1
+        start, stop = span.start // align * align, min(-(-span.stop // align) * align, part.spec.shape[axis])
+        if stop - start < part.spec.shape[axis]:
+            part = part.cut(axis, start, stop)
     return part
 
 
@@ -248,6 +269,11 @@ def fp8_block(encoding: str) -> int:
     return int(encoding.removeprefix("fp8_block"))
 
 
+def row_align(encoding: str) -> int:
+    """Rows can be cut at multiples of this."""
+    return fp8_block(encoding) if encoding.startswith("fp8_block") else 1
+
+
 def int4_group(encoding: str) -> int:
     """Values of a row that share a scale in "int4_group<g>"."""
     return int(encoding.removeprefix("int4_group"))
@@ -259,7 +285,7 @@ def combine(key: str, parts: Sequence[Part]) -> TensorSpec:
     covered = sum(math.prod(p.spec.shape) for p in parts)
     if covered != math.prod(shape):
         raise ModelFileError(
-            f"{key}: its {len(parts)} stored tensors hold {covered} values, "
+            f"{plain(key)}: its {len(parts)} stored tensors hold {covered} values, "
             f"shape {list(shape)} needs {math.prod(shape)}"
         )
     dtype = parts[0].spec.dtype
@@ -286,5 +312,5 @@ def everywhere(shape: Iterable[int]) -> tuple[slice, ...]:
 def missing(key: str, where: str, known: Iterable[str]) -> ModelFileError:
     """The error for a parameter that a source does not have, with the closest names that it has."""
     near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.6)
-    hint = f"; near matches: {', '.join(near)}" if near else ""
-    return ModelFileError(f"{where}: no parameter {key!r}{hint}")
+    hint = f"; near matches: {', '.join(map(plain, near))}" if near else ""
+    return ModelFileError(f"{where}: no parameter {quoted(key)}{hint}")

@@ -18,6 +18,7 @@ from ktcompile.weights.names.llama import LLAMA
 from ktcompile.weights.names.olmoe import OLMOE
 from ktcompile.weights.names.qwen2moe import QWEN2MOE
 from ktcompile.weights.names.qwen3moe import QWEN3MOE
+from ktcompile.weights.quoted import plain
 
 __all__ = ["ARCHITECTURES", "Export", "Form", "Piece", "Sizes", "absent", "expected_unused", "exports", "find_forms"]
 
@@ -94,7 +95,7 @@ def exports(
     for key, shape in shapes.items():
         template, layer = _template(key)
         if template not in table:
-            raise ModelFileError(f"{key}: architecture {architecture} has no tensor for this parameter")
+            raise ModelFileError(f"{plain(key)}: architecture {architecture} has no tensor for this parameter")
         if key == "lm_head.weight" and fields.get("tie_word_embeddings"):
             continue
         made = _exports(key, shape, table[template][0].at(layer, sizes), sizes)
@@ -107,7 +108,7 @@ def _exports(key: str, shape: Shape, form: Form, sizes: Sizes) -> list[Export]:
         stored = form.shapes(shape, sizes)
         pieces = form.pieces(stored, sizes)
     except ValueError as error:
-        raise ModelFileError(f"{key}: {error}") from error
+        raise ModelFileError(f"{plain(key)}: {error}") from error
     made = []
     for name, size in zip(form.names, stored, strict=True):
         own = tuple(p for p in pieces if p.name == name)

@@ -51,6 +51,12 @@ class Quantize(Pass):
             ctx.skip("", "off: weights are packed from the encoding that they are stored in")
         return gm
 
+    @staticmethod
+    def _saves(stored: str, before: int, after: int) -> bool:
+        """Whether quantising makes it smaller. FP8 to int8 counts: a CPU multiplies integers, and would widen FP8."""
+        is_quantised = any(e in BY_NAME and BY_NAME[e].block_values > 1 for e in stored.split("+"))
+        return after < before if is_quantised else after < 1.1 * before
+
     def _quantize(self, region: Region, wanted: str, ctx: Context) -> None:
         chosen: dict[str, str] = {}
         stored: dict[str, None] = {}
@@ -59,7 +65,9 @@ class Quantize(Pass):
             if is_exact(str(node.meta["weight"]), shape):
                 continue
             encoding = block_type(wanted, "other", shape[-1]) if wanted in BY_NAME else wanted
-            if encoding != "bf16" and size_of(shape, encoding) < stored_bytes(node):
+            if encoding != "bf16" and self._saves(
+                str(node.meta["encoding"]), stored_bytes(node), size_of(shape, encoding)
+            ):
                 chosen[leaf] = encoding
                 stored[str(node.meta["encoding"])] = None
         if chosen:

@@ -1,13 +1,11 @@
 """`ktcompile.load` end to end, against results of transformers and llama.cpp (tests/data/expected.json)."""
 
-import json
-import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from heldout import DATA, EXPECTED, perplexity, row
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -17,8 +15,6 @@ from ktcompile.checkpoint import open_checkpoint
 from ktcompile.model import load
 from ktcompile.runtime import Executable, Store
 
-DATA = Path(__file__).parent / "data"
-EXPECTED = json.loads((DATA / "expected.json").read_text(encoding="utf-8"))
 PROMPTS = {name: prompt["ids"] for name, prompt in EXPECTED["prompts"].items()}
 FP8 = EXPECTED["tiny-deepseek-v3 (FP8, dequantised to fp32, top-8), transformers"]
 LLAMA = EXPECTED["tiny-deepseek-v3-Q4_K_M.gguf, llama.cpp"]
@@ -26,7 +22,7 @@ GGUF_HF = EXPECTED["tiny-deepseek-v3-Q4_K_M.gguf, weights dequantised, transform
 FEWER = {6: 9.3841, 4: 10.5951}
 """transformers' perplexity of the FP8 model with num_experts_per_tok = 6 and 4."""
 
-BOS, EOS = 0, 1
+EOS = 1
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +70,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def row(ids: Sequence[int]) -> Tensor:
-    return torch.tensor([list(ids)])
-
-
 def greedy(model: PreTrainedModel, ids: Sequence[int]) -> list[int]:
     """Up to 64 new tokens, the end token kept."""
     out = model.generate(row(ids), max_new_tokens=64, do_sample=False, eos_token_id=EOS)
@@ -88,31 +80,6 @@ def forced(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int])
     """Log-probability of each of `tokens` after the prompt and those before it."""
     logits = model(row([*prompt, *tokens]), logits_to_keep=len(tokens) + 1).logits[0, :-1]
     return logits.float().log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-
-
-def chunks(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """The held-out text as `method.perplexity` says."""
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
-    try:
-        text = (DATA / "heldout.txt").read_text(encoding="utf-8")
-        tokens = [BOS, *backend.encode(text, add_special_tokens=False).ids]
-    finally:
-        backend.encode_special_tokens = False
-    assert len(tokens) == EXPECTED["heldout"]["tokens_with_bos"]
-    cut = [[BOS, *tokens[i + 1 : i + 512]] for i in range(0, len(tokens) - 511, 512)]
-    assert len(cut) == EXPECTED["heldout"]["chunks"]
-    return cut
-
-
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> float:
-    """exp of the mean negative log-likelihood of positions 257..511 of every chunk, each in one step."""
-    total = 0.0
-    cut = chunks(tokenizer)
-    for chunk in cut:
-        kept = model(row(chunk), logits_to_keep=256).logits[0, :-1]  # positions 256..510
-        total -= float(kept.log_softmax(-1).gather(-1, torch.tensor(chunk[257:])[:, None]).double().sum())
-    return math.exp(total / (255 * len(cut)))
 
 
 # ------------------------------------------------------------------------------------------------ right answers

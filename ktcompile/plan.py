@@ -227,7 +227,7 @@ def _row(
             if not is_scalar(i) and names[i].split("@")[0] not in _BOOKKEEPING
         )
     )
-    codes = dict.fromkeys(str(w.meta.get("encoding", "")) for w in region.weights.values())
+    codes = dict.fromkeys(code for w in region.weights.values() for code in str(w.meta.get("encoding", "")).split("+"))
     main = [c for c in codes if c not in ("", "f32")] or list(codes)
     made = dict.fromkeys(region.quantized.values())
     encoding = "+".join(main) + (f">{'+'.join(made)}" if made else "")

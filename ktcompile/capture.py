@@ -1,6 +1,5 @@
-"""Model and example inputs to an FX graph. All use of private torch names is here, one function each."""
+"""Model and example inputs to an FX graph. All use of private torch names is here and in fake.py, one function each."""
 
-import gc
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ktcompile.errors import KtransError, ModelFileError
 from ktcompile.graph import writes
 from ktcompile.weights import WeightSource
+from ktcompile.weights.collection import no_collection
 
 EXPERTS = "ktrans"
 """Name of our experts implementation in transformers: one node a layer, `ktrans::moe` for all models but a few."""
@@ -138,16 +138,12 @@ def capture(
     fresh = types.FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
-    collects = gc.isenabled()
-    gc.disable()  # tracing makes millions of objects that live on: a fifth of the time went into looking at them
     try:
-        with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        # Tracing makes millions of objects that live on: a fifth of the time went into looking at them.
+        with no_collection(), torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
             torch.compile(fresh, backend=backend, fullgraph=True)(*args)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise KtransError(f"the model cannot be captured as one graph: {error}") from error
-    finally:
-        if collects:
-            gc.enable()
     annotate(found[0])
     return found[0]
 

@@ -153,8 +153,9 @@ def chat(
             packed_cache=packed_cache,
             progress=lambda region, done, total: bar.update(task, completed=done, total=total, description=region),
         )
-    for note in compiled.store.cache.notes if compiled.store.cache else ():
-        err.print(f"[dim]packed cache: {note}[/dim]", soft_wrap=True)
+    if kept := compiled.store.cache:
+        for note in (f"{kept.loaded} regions read from {kept.folder}, {kept.saved} written", *kept.notes):
+            err.print(f"[dim]packed cache: {note}[/dim]", soft_wrap=True)
     torch.set_num_threads(torch_threads(compiled.plans["decode"], target))
     session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
     err.print(f"[dim]{checkpoint.name}, loaded in {time.perf_counter() - start:.1f} s[/dim]", soft_wrap=True)

@@ -31,13 +31,14 @@ class PackedCache:
 
     The name of a file is a hash of everything that decides its bytes: the model files (sizes, times of change, samples
     of their content), the parameters, the layout, this version of ktcompile and the processor family. `notes` says, for
-    a person, what was found and why something was not used.
+    a person, why something was not used; `loaded` and `saved` count files.
     """
 
     def __init__(self, folder: Path, source: WeightSource) -> None:
         """Make the folder, for this user alone, if it is not there; RulesError if it cannot be or others may write."""
         self.folder = folder
         self.notes: list[str] = []
+        self.loaded = self.saved = 0
         try:
             folder.mkdir(parents=True, mode=0o700, exist_ok=True)
             why = _foreign(folder.stat())
@@ -67,7 +68,9 @@ class PackedCache:
         try:
             if why := _foreign(path.lstat()):
                 raise ModelFileError(f"{path}: {why}")
-            return _read(ModelFile(path), name)
+            found = _read(ModelFile(path), name)
+            self.loaded += 1
+            return found
         except ModelFileError as error:
             self.notes.append(f"not used: {error}")
             return None
@@ -78,6 +81,7 @@ class PackedCache:
             with atomic(self.folder / name) as partial:
                 partial.chmod(0o600)
                 _write(partial, name, tensors)
+            self.saved += 1
         except OSError as error:
             self.notes.append(f"not written: {self.folder / name}: {error.strerror}")
 

@@ -205,3 +205,32 @@ def test_the_671b_model_is_planned_in_40_seconds_and_3_gb():
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     assert before * 1024 == peak or peak < 3e9
     assert seconds < 40
+
+
+def test_a_packed_cache_is_told(ktrans, tmp_path):
+    """The first start writes, the second reads; both answer the same."""
+    command = (
+        "chat",
+        "-p",
+        "What is the capital of France?",
+        "--temperature",
+        "0",
+        "--packed-cache",
+        tmp_path / "kept",
+    )
+    (_, first, wrote), (_, second, read) = ktrans(*command), ktrans(*command)
+    assert first == second == "The capital of France is Paris.\n"
+    assert "packed cache: 0 regions read from" in wrote and "5 written" in wrote
+    assert "packed cache: 5 regions read from" in read and "0 written" in read
+
+
+def test_convert_and_inspect(ktrans, tmp_path):
+    target, command = tmp_path / "model.gguf", ("convert", DATA / "tiny-deepseek-v3")
+    code, out, _ = ktrans(*command, target, "--to", "q8_0")
+    assert code == 0 and "bits per weight" in out and "GB/s" in out
+    code, out, _ = ktrans("inspect", target)
+    assert code == 0 and "deepseek2" in out and "q8_0" in out
+    code, out, _ = ktrans("inspect", target, "--json")
+    assert code == 0 and json.loads(out)["architecture"]
+    code, _, err = ktrans(*command, target, "--to", "q8_0")
+    assert code == 2 and "--force" in err and err.count("\n") == 1

@@ -45,6 +45,7 @@ def test_what_is_saved_is_loaded(cache: PackedCache) -> None:
     cache.save(NAME, TENSORS)
     found = cache.load(NAME)
     assert found is not None and found.keys() == TENSORS.keys() and cache.notes == []
+    assert (cache.loaded, cache.saved) == (1, 1)
     assert all(torch.equal(found[k], t) for k, t in TENSORS.items())
     assert os.stat(cache.folder).st_mode & 0o777 == 0o700 and os.stat(cache.folder / NAME).st_mode & 0o777 == 0o600
     assert [p.name for p in cache.folder.iterdir()] == [NAME]

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+import ktcompile
 from ktcompile.errors import ModelFileError
 from ktcompile.gguf_config import config_fields, metadata_fields
+from ktcompile.target import Target, detect
 from ktcompile.weights import GGUFSource, ModuleSource, values
 from ktcompile.weights.gguf_header import Value
 from ktcompile.weights.names import ARCHITECTURES, Export, expected_unused, exports
@@ -628,3 +630,16 @@ def test_quantised_rows_are_permuted_and_interleaved_too(tmp_path: Path) -> None
             want = np.stack([d.transpose(0, 2, 1) for d in decoded], -1).reshape(3, 64, 10)
         assert np.array_equal(got, want)
         assert source.spec(f"model.layers.0.{key}").nbytes == len(names) * math.prod(shape) // 32 * 34
+
+
+# ---- compiled
+
+
+COMPILED = ("deepseek v2 lite", "deepseek v3", "qwen2moe", "qwen3moe", "glm4moe", "mixtral", "gpt-oss", "olmoe")
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_the_compiled_model_has_the_same_logits(case: str, tmp_path: Path) -> None:
+    """From the file through the passes and the kernels of this machine's CPU."""
+    path = write(tmp_path / "model.gguf", metadata_of(case), arrays(case))
+    same_logits(model(case), ktcompile.load(path, target=Target((detect().host,)), context=64))

@@ -5,38 +5,59 @@ from pkgutil import extend_path as _extend_path
 from typing import TYPE_CHECKING
 
 __path__ = _extend_path(__path__, __name__)  # repository root as cwd + a wheel: find the compiled extension
-from ktcompile.errors import CapacityError, KernelError, KtransError, ModelFileError, PassError, RulesError
-from ktcompile.folding import fold
-from ktcompile.graph import (
-    Region,
-    copies,
-    device_of,
-    insert_copy,
-    is_copy,
-    is_scalar,
-    prune,
-    regions,
-    suggest,
-    value_of,
-)
-from ktcompile.kernel import Call, Cost, Kernel, Packed, Parts
-from ktcompile.ops import BY_NAME as OPS
-from ktcompile.ops import bind
-from ktcompile.pipeline import Context, OptionError, Pass, Pipeline, load_rules
-from ktcompile.target import Device, Link, Target
 from ktcompile.version import __version__
 
 if TYPE_CHECKING:
+    from ktcompile.errors import CapacityError, KernelError, KtransError, ModelFileError, PassError, RulesError
+    from ktcompile.folding import fold
+    from ktcompile.graph import (
+        Region,
+        copies,
+        device_of,
+        insert_copy,
+        is_copy,
+        is_scalar,
+        prune,
+        regions,
+        suggest,
+        value_of,
+    )
+    from ktcompile.kernel import Call, Cost, Kernel, Packed, Parts
     from ktcompile.model import explain, load
+    from ktcompile.ops import BY_NAME as OPS
+    from ktcompile.ops import bind
+    from ktcompile.pipeline import Context, OptionError, Pass, Pipeline, load_rules
+    from ktcompile.target import Device, Link, Target
 
-_LAZY = ("explain", "load")
+_HOME = {
+    "errors": ("CapacityError", "KernelError", "KtransError", "ModelFileError", "PassError", "RulesError"),
+    "folding": ("fold",),
+    "graph": (
+        "Region",
+        "copies",
+        "device_of",
+        "insert_copy",
+        "is_copy",
+        "is_scalar",
+        "prune",
+        "regions",
+        "suggest",
+        "value_of",
+    ),
+    "kernel": ("Call", "Cost", "Kernel", "Packed", "Parts"),
+    "model": ("explain", "load"),
+    "ops": ("OPS", "bind"),
+    "pipeline": ("Context", "OptionError", "Pass", "Pipeline", "load_rules"),
+    "target": ("Device", "Link", "Target"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    """`ktcompile.load` and `ktcompile.explain`: imported at first use, since transformers takes seconds."""
-    if name not in _LAZY:
+    """Everything is imported at first use: torch takes one second and transformers two."""
+    if name not in _MODULE:
         raise AttributeError(f"module 'ktcompile' has no attribute {name!r}")
-    return getattr(import_module("ktcompile.model"), name)
+    return getattr(import_module(f"ktcompile.{_MODULE[name]}"), "BY_NAME" if name == "OPS" else name)
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 """encoded: any region on a GPU, its weights kept in the encoding of the model file and decoded at each call."""
 
-import math
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from ktcompile.backends import native
 from ktcompile.backends.reference import plain_cost
 from ktcompile.graph import remembered
 from ktcompile.verify import gib, used
-from ktcompile.weights import Part, TensorSpec, WeightSource, each, fp8_block, size_of, values
+from ktcompile.weights import Part, TensorSpec, WeightSource, decode, each, size_of, values
 
 # ------------------------------------------------------------------------------------------------ decoders
 # uint8 blocks [n, block bytes] to float32 [n, block values], on any device. Formats: ggml-quants.c of llama.cpp.
@@ -172,39 +172,29 @@ def _quantized(
 ) -> tuple[Part, ...]:
     """Quantise a whole parameter on the CPU, a few rows at a time in parallel; its part, as if it were stored so."""
     shape = source.spec(key).shape
-    matrices, rows, cols = math.prod(shape[:-2]), shape[-2], shape[-1]
+    *leading, rows, cols = shape
     is_fp8 = encoding not in DECODERS
     width = cols if is_fp8 else size_of((1, cols), encoding)
-    out = torch.empty(matrices, rows, width, dtype=torch.uint8)
-    scales = torch.empty(matrices, -(-rows // 128), -(-cols // 128))
+    out = torch.empty(*leading, rows, width, dtype=torch.uint8)
+    scales = torch.empty(*leading, -(-rows // 128), -(-cols // 128))
 
-    def convert(at: tuple[int, int]) -> None:
+    def convert(at: tuple[tuple[int, ...], int]) -> None:
         matrix, first = at
         last = min(first + 128, rows)
-        lead = [slice(i, i + 1) for i in _coordinates(matrix, shape[:-2])]
+        lead = [slice(i, i + 1) for i in matrix]
         found = values(source, key, where=(*lead, slice(first, last), slice(0, cols))).view(last - first, cols)
         made = native.quantize(found, encoding)
         if isinstance(made, tuple):
-            scales[matrix, first // 128] = made[1][0]
+            scales[matrix][first // 128] = made[1][0]
             made = made[0].view(torch.uint8)
-        out[matrix, first:last] = made
+        out[matrix][first:last] = made
 
-    each(convert, ((m, first) for m in range(matrices) for first in range(0, rows, 128)))
-    raw = out.view(torch.float8_e4m3fn) if is_fp8 else out
-    tensors[name] = raw.view(*shape[:-1], width).to(device)
+    each(convert, itertools.product(itertools.product(*map(range, leading)), range(0, rows, 128)))
+    tensors[name] = (out.view(torch.float8_e4m3fn) if is_fp8 else out).to(device)
     if is_fp8:
-        tensors[f"{name}/scale"] = scales.view(*shape[:-2], *scales.shape[1:]).to(device)
+        tensors[f"{name}/scale"] = scales.to(device)
     spec = TensorSpec(shape, torch.float32, encoding, size_of(shape, encoding))
     return (Part(key, spec, tuple(slice(0, n) for n in shape), scale=key if is_fp8 else None),)
-
-
-def _coordinates(number: int, shape: Sequence[int]) -> list[int]:
-    """The index of the `number`-th entry of a tensor of that shape."""
-    out = []
-    for size in reversed(shape):
-        number, at = divmod(number, size)
-        out.append(at)
-    return out[::-1]
 
 
 def decoded(packed: Packed, leaf: str) -> Tensor:
@@ -228,9 +218,7 @@ def _decode(packed: Packed, name: str, part: Part, dtype: torch.dtype) -> Tensor
     raw = packed.tensors[name]
     if part.scale is None:
         return decode_rows(raw, part.spec.encoding, dtype)
-    block = fp8_block(part.spec.encoding)
-    wide = packed.tensors[f"{name}/scale"].float().repeat_interleave(block, -2)[..., : raw.shape[-2], :]
-    return (raw.float() * wide.repeat_interleave(block, -1)[..., : raw.shape[-1]]).to(dtype)
+    return decode(raw, part.spec.encoding, packed.tensors[f"{name}/scale"]).to(dtype)
 
 
 class Encoded(Kernel):

@@ -1,17 +1,15 @@
 """Weights that one does not have: shapes from a configuration, an encoding by name. For plans."""
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ktcompile.errors import ModelFileError, RulesError
-from ktcompile.weights import ggml
 from ktcompile.weights.mixture import Role, block_type, is_exact
-from ktcompile.weights.source import Part, TensorSpec, everywhere, missing
+from ktcompile.weights.source import NATURAL, Part, TensorSpec, everywhere, missing, size_of
 
-_PLAIN = {"f32": (torch.float32, 4), "bf16": (torch.bfloat16, 2), "f16": (torch.float16, 2)}
+_PLAIN = {name: dtype for dtype, name in NATURAL.items()}
 
 ENCODINGS = ("bf16", "fp8", "q8_0", "q6_k", "q5_k", "q4_k", "q4_k_m")
 """What `--encoding` may be. `q4_k_m` is llama.cpp's mix: half of the down projections and the head in q6_k."""
@@ -55,18 +53,9 @@ class ImaginedSource:
 
     def _part(self, name: str, shape: tuple[int, ...], where: tuple[slice, ...]) -> Part:
         encoding = self._of(name, shape)
-        count = math.prod(shape)
-        if encoding in _PLAIN:
-            dtype, size = _PLAIN[encoding]
-            return Part(name, TensorSpec(shape, dtype, encoding, count * size), where)
-        if encoding == "fp8_block128":
-            blocks = math.prod(shape[:-2]) * math.ceil(shape[-2] / 128) * math.ceil(shape[-1] / 128)
-            return Part(
-                name, TensorSpec(shape, torch.float32, encoding, count + 4 * blocks), where, scale=f"{name}_scale_inv"
-            )
-        block = ggml.BY_NAME[encoding]
-        nbytes = count // shape[-1] * block.row_bytes(shape[-1])
-        return Part(name, TensorSpec(shape, torch.float32, encoding, nbytes), where)
+        scale = f"{name}_scale_inv" if encoding.startswith("fp8_block") else None
+        spec = TensorSpec(shape, _PLAIN.get(encoding, torch.float32), encoding, size_of(shape, encoding))
+        return Part(name, spec, where, scale=scale)
 
     def _of(self, name: str, shape: tuple[int, ...]) -> str:
         """The encoding of one tensor: norms, biases and routers are never quantised."""

@@ -90,8 +90,7 @@ def _shared(options: Mapping[str, Any], gpu: bool) -> _Compiled:
         raise RulesError(f"option target is a {type(target).__name__}; wanted a ktcompile.Target")
     key = gpu, *((k, str(options[k])) for k in sorted(options))
     if key not in _COMPILED:
-        here = detect()
-        real = target or (here if gpu else Target((here.host,)))
+        real = target or (detect() if gpu else Target((detect().host,)))
         kernels = available()
         weights = options.get("weights")
         source = open_checkpoint(weights).source if isinstance(weights, str | Path) else weights

@@ -12,9 +12,8 @@ from ktcompile.weights.file import ModelFile
 from ktcompile.weights.gguf_header import Stored, Value, read_header
 from ktcompile.weights.names import ARCHITECTURES, Sizes, absent, find_forms
 from ktcompile.weights.quoted import listed, plain, quoted
-from ktcompile.weights.source import Part, TensorSpec, combine, missing
+from ktcompile.weights.source import NATURAL_DTYPES, Part, TensorSpec, combine, missing
 
-_NATURAL = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
@@ -76,7 +75,7 @@ class GGUFSource:
     def read(self, part: Part) -> Tensor:
         """The part as stored, read now: uint8 [..., rows, row_bytes] for block types, else f32, f16 or bf16."""
         file, stored = self._stored[part.name]
-        dtype = _NATURAL.get(stored.type.name)
+        dtype = NATURAL_DTYPES.get(stored.type.name)
         if dtype is not None:
             return file.tensor(stored.offset, stored.shape, dtype, part.index)
         shape = (*stored.shape[:-1], stored.type.row_bytes(stored.shape[-1]))
@@ -125,7 +124,9 @@ class GGUFSource:
         rows = 1
         for n in shape[:-1]:
             rows *= n
-        return TensorSpec(shape, _NATURAL.get(kind.name, torch.float32), kind.name, rows * kind.row_bytes(shape[-1]))
+        return TensorSpec(
+            shape, NATURAL_DTYPES.get(kind.name, torch.float32), kind.name, rows * kind.row_bytes(shape[-1])
+        )
 
 
 def shards(path: Path) -> list[Path]:

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from ktcompile.errors import ModelFileError, RulesError
 from ktcompile.weights.mixture import Role, block_type, is_exact
-from ktcompile.weights.source import NATURAL, Part, TensorSpec, everywhere, missing, size_of
-
-_PLAIN = {name: dtype for dtype, name in NATURAL.items()}
+from ktcompile.weights.source import NATURAL_DTYPES, Part, TensorSpec, everywhere, missing, size_of
 
 ENCODINGS = ("bf16", "fp8", "q8_0", "q6_k", "q5_k", "q4_k", "q4_k_m")
 """What `--encoding` may be. `q4_k_m` is llama.cpp's mix: half of the down projections and the head in q6_k."""
@@ -54,7 +52,7 @@ class ImaginedSource:
     def _part(self, name: str, shape: tuple[int, ...], where: tuple[slice, ...]) -> Part:
         encoding = self._of(name, shape)
         scale = f"{name}_scale_inv" if encoding.startswith("fp8_block") else None
-        spec = TensorSpec(shape, _PLAIN.get(encoding, torch.float32), encoding, size_of(shape, encoding))
+        spec = TensorSpec(shape, NATURAL_DTYPES.get(encoding, torch.float32), encoding, size_of(shape, encoding))
         return Part(name, spec, where, scale=scale)
 
     def _of(self, name: str, shape: tuple[int, ...]) -> str:

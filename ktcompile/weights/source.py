@@ -16,6 +16,7 @@ from ktcompile.weights.file import Index
 from ktcompile.weights.quoted import plain, quoted
 
 NATURAL = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}  # dtypes that are their own encoding
+NATURAL_DTYPES = {name: dtype for dtype, name in NATURAL.items()}
 
 CHUNK_VALUES = 1 << 20  # decoded at a time: 4 MiB of fp32, a few times that in temporaries
 

@@ -12,7 +12,7 @@ from ktcompile.weights.file import ModelFile
 from ktcompile.weights.gguf_header import Stored, Value, read_header
 from ktcompile.weights.names import ARCHITECTURES, Sizes, absent, find_forms
 from ktcompile.weights.quoted import listed, plain, quoted
-from ktcompile.weights.source import NATURAL_DTYPES, Part, TensorSpec, combine, missing
+from ktcompile.weights.source import NATURAL_DTYPES, Part, TensorSpec, combine, missing, size_of
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
@@ -121,12 +121,8 @@ class GGUFSource:
     def _piece(self, name: str, shape: tuple[int, ...]) -> TensorSpec:
         """Spec of a piece of a stored tensor with whole rows."""
         kind = self._stored[name][1].type
-        rows = 1
-        for n in shape[:-1]:
-            rows *= n
-        return TensorSpec(
-            shape, NATURAL_DTYPES.get(kind.name, torch.float32), kind.name, rows * kind.row_bytes(shape[-1])
-        )
+        dtype = NATURAL_DTYPES.get(kind.name, torch.float32)
+        return TensorSpec(shape, dtype, kind.name, size_of(shape, kind.name))
 
 
 def shards(path: Path) -> list[Path]:

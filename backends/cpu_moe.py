@@ -14,13 +14,15 @@ from ktcompile.backends.reference import plain_cost
 from ktcompile.target import cpu_features
 from ktcompile.weights import Part, WeightSource, decode, each, pieces, values
 
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 _NEEDS = {
     "scalar": frozenset[str](),
     "avx2": frozenset({"avx2", "fma", "f16c"}),
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
-    "avx512_bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
-    "avx512_vnni": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}),
-    "amx": frozenset({"avx512f", "avx512bw", "amx_tile", "amx_bf16"}),
+    "avx512": _AVX512,
+    "avx512_vnni": _AVX512 | {"avx512_vnni"},
+    "avx512_bf16": _AVX512 | {"avx512_vnni", "avx512_bf16"},
+    "amx": _AVX512 | {"avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"},
+    "amx_int8": _AVX512 | {"avx512_vnni", "amx_tile", "amx_int8"},
 }
 _MATRICES = ("gate", "up", "down")
 
@@ -84,8 +86,9 @@ class CpuMoe(Kernel):
 
     op = "moe"
     device = "cpu"
-    layout = "rows"
-    quantizes = tuple(t for t in native.QUANTIZERS if t in native.TYPES)
+    layout = "tiles"
+    reads = native.TYPES
+    quantizes = tuple(t for t in native.TYPES if t in (*native.QUANTIZERS, *native.LOSSY))
     isa: ClassVar[str]
 
     def missing(self) -> str | None:
@@ -102,8 +105,8 @@ class CpuMoe(Kernel):
             return why
         family = native.FAMILY[self.isa]
         compute = _compute(region)
-        if family == "bf16" and compute == torch.float32:
-            return "it computes in bf16, this model in fp32; --dtype bf16 allows it"
+        if family in ("bf16", "int16") and compute == torch.float32:
+            return f"it computes in {family}, this model in fp32; --dtype bf16 allows it"
         return native.refuses(self.isa, _matrices(region).values())
 
     def packed_bytes(self, region: Region) -> int:
@@ -157,46 +160,54 @@ class CpuMoe(Kernel):
 
 
 def _pack(parts: Parts, matrix: str, shape: Any, dst: str, threads: int, quantized: bool) -> Tensor:
-    """One of gate, up, down of all experts, `[E, bytes]`: pieces are read and converted into place in parallel."""
+    """One of gate, up, down of all experts, `[E, bytes]`: pieces are read and packed into place in parallel."""
     key = parts[_leaf(matrix)]
     rows, cols = (shape.hidden, shape.width) if matrix == "down" else (shape.width, shape.hidden)
     first = shape.width if matrix == "up" else 0
-    out = torch.empty(shape.experts, native.packed_bytes(dst, rows, cols), dtype=torch.uint8)
+    nbytes = native.packed_bytes(dst, rows, cols)
+    out = native.empty(shape.experts * nbytes).view(shape.experts, nbytes)
 
-    def put(raw: Tensor, encoding: str, count: int, scale: Tensor | None, target: Tensor) -> None:
-        if not quantized or encoding == dst:
-            native.pack(raw, encoding, dst, count, cols, scale, target)
-            return
-        wide = native.pack(raw, encoding, "f32", count, cols, scale).view(torch.float32).view(count, cols)
-        native.quantize(wide, dst, target.view(count, -1))
+    def put(raw: Tensor, encoding: str, scale: Tensor | None, expert: int, span: tuple[int, int]) -> None:
+        """Rows `span` of an expert's matrix, stored so."""
+        if quantized and encoding != dst and dst not in native.LOSSY:
+            count = span[1] - span[0]
+            packed = native.pack(raw, encoding, "f32", count, cols, scale)
+            wide = native.unpack(packed, "f32", count, cols)
+            made = native.quantize(wide, dst)
+            raw, scale = made if isinstance(made, tuple) else (made, None)
+            encoding = dst
+        native.pack(raw.contiguous(), encoding, dst, rows, cols, scale, out[expert], span)
 
     def convert(piece: Part) -> None:
         raw, scale = parts.source.read(piece), parts.source.read_scale(piece)
-        if piece.spec.encoding not in native.SOURCES:
-            raw, scale = decode(raw, piece.spec.encoding, scale), None
-        encoding = piece.spec.encoding if raw.dtype != torch.float32 else "f32"
-        place = _rows_of(out, piece.where, first, rows)
-        raw = raw.reshape(len(place), -1, raw.shape[-1])
-        scale = None if scale is None else scale.reshape(len(place), -1, scale.shape[-1])
-        for i, target in enumerate(place):
-            blocks = None if scale is None else scale[i].float().contiguous()
-            put(raw[i].contiguous(), encoding, raw.shape[1], blocks, target)
+        encoding = piece.spec.encoding
+        if encoding not in native.SOURCES:
+            raw, scale = decode(raw, encoding, scale), None
+            encoding = "f32" if raw.dtype == torch.float32 else encoding
+        experts = range(piece.where[0].start, piece.where[0].stop)
+        span = (piece.where[1].start - first, piece.where[1].stop - first)
+        raw = raw.reshape(len(experts), -1, raw.shape[-1])
+        scale = None if scale is None else scale.reshape(len(experts), -1, scale.shape[-1])
+        for i, expert in enumerate(experts):
+            put(raw[i], encoding, None if scale is None else scale[i].float().contiguous(), expert, span)
 
     def decoded(where: tuple[slice, ...]) -> None:
         found = values(parts.source, key, where=where)[0]
-        put(found, "f32", rows, None, _rows_of(out, where, first, rows)[0])
+        put(found, "f32", None, where[0].start, (0, rows))
 
     whole, apart = _split(parts.source.parts(key), first, rows)
-    each(convert, (piece for part in whole for piece in pieces(part)), threads)
+    align = 128 if dst == "fp8_block128" else native.GROUP_ROWS
+    each(convert, (piece for part in whole for piece in pieces(part, rows=align)), threads)
     lines, across = slice(first, first + rows), slice(0, cols)
     each(decoded, ((slice(e, e + 1), lines, across) for e in apart), threads)
     return out
 
 
 def _split(parts: Sequence[Part], first: int, rows: int) -> tuple[list[Part], list[int]]:
-    """The parts of `rows` rows from `first` that can be converted as stored; and the experts that cannot.
+    """The parts of `rows` rows from `first` that can be packed as stored; and the experts that cannot.
 
-    Those are stored transposed, have rows that alternate with others, or scale blocks that reach over the first row.
+    Those are stored transposed, have rows that alternate with others, or scale blocks that reach over the first row, or
+    are cut within a group of packed rows.
     """
     whole: list[Part] = []
     apart: set[int] = set()
@@ -207,20 +218,15 @@ def _split(parts: Sequence[Part], first: int, rows: int) -> tuple[list[Part], li
             continue
         plain = not part.transpose and all((w.step or 1) == 1 for w in part.where)
         known = part.scale is None or (part.spec.encoding == "fp8_block128" and (begin - span.start) % 128 == 0)
-        if not plain or not known:
+        unit = 128 if part.spec.encoding == "fp8_block128" else native.GROUP_ROWS
+        fits = (begin - first) % unit == 0 and ((end - first) % unit == 0 or end == first + rows)
+        if not plain or not known or not fits:
             apart.update(range(part.where[0].start, part.where[0].stop))
         elif (begin, end) == (span.start, span.stop):
             whole.append(part)
         else:
             whole.append(part.cut(len(part.spec.shape) - 2, begin - span.start, end - span.start))
     return [p for p in whole if p.where[0].start not in apart], sorted(apart)
-
-
-def _rows_of(out: Tensor, where: tuple[slice, ...], first: int, rows: int) -> list[Tensor]:
-    """The bytes of the rows `where`, of each of its experts."""
-    row_bytes = out.shape[1] // rows
-    span = slice((where[1].start - first) * row_bytes, (where[1].stop - first) * row_bytes)
-    return [out[expert, span] for expert in range(where[0].start, where[0].stop)]
 
 
 class Scalar(CpuMoe):
@@ -241,20 +247,26 @@ class Avx512(CpuMoe):
     name = isa = "avx512"
 
 
+class Avx512Vnni(CpuMoe):
+    """AVX-512 with integer products: activations in 16 bits, a scale every 32; only for weights that are integers."""
+
+    name = isa = "avx512_vnni"
+
+
 class Avx512Bf16(CpuMoe):
-    """AVX-512 with bf16 products: activations and weights rounded to bf16."""
+    """AVX-512 with bf16 products: activations rounded to bf16, or to 16-bit integers where weights are integers."""
 
     name = isa = "avx512_bf16"
 
 
-class Avx512Vnni(CpuMoe):
-    """AVX-512 with int8 products: activations in 8 bits, a scale every 32. Lossy: only if a rules file lists it."""
-
-    name = isa = "avx512_vnni"
-    lossy = "experts' activations in 8 bits (avx512_vnni)"
-
-
 class Amx(CpuMoe):
-    """AMX tiles: activations and weights rounded to bf16."""
+    """AMX tiles in bf16, weights rounded to it; experts with few tokens as `avx512_bf16`."""
 
     name = isa = "amx"
+
+
+class AmxInt8(CpuMoe):
+    """AMX tiles in int8, for int8 weights; activations in 8 bits, a scale for 256. Lossy: only if a rules file asks."""
+
+    name = isa = "amx_int8"
+    lossy = "experts' activations in 8 bits (amx_int8)"

@@ -7,6 +7,8 @@ use, so this module imports where it is not built.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import threading
 import weakref
@@ -25,21 +27,54 @@ FAMILY = {
     "avx512": "f32",
     "avx512_bf16": "bf16",
     "amx": "bf16",
-    "avx512_vnni": "int8",
+    "avx512_vnni": "int16",
+    "amx_int8": "int8",
 }
 """isa -> precision family: how activations and weights are rounded before they are multiplied."""
 
-TYPES = ("f32", "bf16", "q8_0", "q5_0", "q4_k", "q6_k")
-"""Storage types a kernel may take; the blocks are ggml's, along the last axis."""
+TYPES = (  # in the order of kt_type
+    "f32",
+    "bf16",
+    "q8_0",
+    "q5_0",
+    "q4_0",
+    "q6_k",
+    "q5_k",
+    "q4_k",
+    "q3_k",
+    "q2_k",
+    "iq4_nl",
+    "iq4_xs",
+    "mxfp4",
+    "fp8_block128",
+    "int8_row",
+    "int4_64",
+    "int4_128",
+)
+"""Storage types a kernel may take; the blocks are ggml's, along the last axis.
 
-SOURCES = (*TYPES, "f16", "fp8_block128")
+"int8_row" has a scale a row, "int4_64" and "int4_128" one for so many weights of a row: `pack` makes these, with loss.
+"""
+
+GROUP_ROWS = 16
+"""Rows of a matrix that are packed together: parts of a matrix are packed in multiples of it."""
+
+LOSSY = ("int8_row", "int4_64", "int4_128")
+"""Types that `pack` makes of any source by rounding."""
+
+SOURCES = (*(t for t in TYPES if t not in LOSSY), "f16")
 """Types `pack` reads; "fp8_block128" is e4m3 with a float32 scale for each 128 x 128 block."""
+
+_CODES = {name: code for code, name in enumerate((*TYPES, "f16"))}
 
 QUANTIZERS = ("q8_0", "q4_0", "q5_0", "q4_k", "q5_k", "q6_k", "fp8_block128")  # in the order of kt_quant
 """Types `quantize` writes."""
 
-_ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx")  # in the order of kt_isa
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order of kt_activation
+_ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx", "amx_int8")  # in the order of kt_isa
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai")  # in the order of kt_activation
+
+
+_HUGE_PAGE = 2 << 20
 
 
 @cache
@@ -99,7 +134,7 @@ class Pool:
         self._handle = handle
         self._pid = os.getpid()
         self._turn = threading.Lock()
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = empty(0)
         self._finalizer = weakref.finalize(self, _native().lib.kt_pool_free, handle)
 
     def close(self) -> None:
@@ -114,7 +149,7 @@ class Pool:
 
     def _scratch_of(self, nbytes: int) -> Tensor:
         if self._scratch.numel() < nbytes:
-            self._scratch = torch.empty(nbytes, dtype=torch.uint8)
+            self._scratch = empty(nbytes)
         return self._scratch
 
 
@@ -129,44 +164,84 @@ def packed_bytes(type: str, rows: int, cols: int) -> int:
     return nbytes
 
 
-def _source_bytes(src: str, rows: int, cols: int) -> int:
-    widths = {"f16": 2, "fp8_block128": 1}
-    return rows * cols * widths[src] if src in widths else packed_bytes(src, rows, cols)
+def source_bytes(type: str, rows: int, cols: int) -> int:
+    """Bytes of a row-major [rows, cols] matrix as files store it, without scales. ValueError as `packed_bytes`."""
+    _index("source type", type, SOURCES)
+    nbytes = int(_native().lib.kt_source_bytes(_CODES[type], rows, cols))
+    if not nbytes:
+        raise ValueError(f"{cols} columns are no multiple of the block of {type}")
+    return nbytes
 
 
 def pack(
-    raw: Tensor, src: str, dst: str, rows: int, cols: int, scale: Tensor | None = None, out: Tensor | None = None
+    raw: Tensor,
+    src: str,
+    dst: str,
+    rows: int,
+    cols: int,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    span: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Converts a row-major [rows, cols] matrix and returns its packed bytes, uint8 [packed_bytes(dst, rows, cols)].
+    """Packs a row-major [rows, cols] matrix, or its rows `span`, and returns uint8 [packed_bytes(dst, rows, cols)].
 
-    Any source goes to "f32" or "bf16" (nearest even); a type of `TYPES` also to itself. `raw` holds the source's
-    bytes, whatever its dtype. `scale` is float32 [ceil(rows / 128), ceil(cols / 128)], for "fp8_block128" only. `out`
-    receives the result if given. ValueError names what does not fit.
+    Exact from any source to "f32", to "bf16" (nearest even) and to itself; to a type of `LOSSY` by rounding. `raw` has
+    the bytes of the rows given, whatever its dtype. `scale` is float32 [ceil(rows / 128), ceil(cols / 128)] of those
+    rows, for "fp8_block128" only. `out` receives the result; a span starts at a multiple of 16 (128 for
+    "fp8_block128") and ends at one or with the matrix. The layout is that of csrc/internal.h. ValueError names what
+    does not fit.
     """
-    src_number = _index("source type", src, SOURCES)
-    dst_number = _index("storage type", dst, TYPES)
+    _index("source type", src, SOURCES)
     nbytes = packed_bytes(dst, rows, cols)
-    _need_bytes("raw", raw, _source_bytes(src, rows, cols))
+    first, last = span or (0, rows)
+    _need_bytes("raw", raw, source_bytes(src, last - first, cols))
     scale_pointer = _native().ffi.NULL
     if (scale is not None) != (src == "fp8_block128"):
         raise ValueError(f"source type {src} {'needs a scale' if scale is None else 'takes no scale'}")
     if scale is not None:
-        _need("scale", scale, torch.float32, (-(-rows // 128), -(-cols // 128)))
+        _need("scale", scale, torch.float32, (-(-(last - first) // 128), -(-cols // 128)))
         scale_pointer = _pointer("float", scale)
     if out is None:
-        out = torch.empty(nbytes, dtype=torch.uint8)
+        out = empty(nbytes)
     _need("out", out, torch.uint8, (nbytes,))
     status = _native().lib.kt_pack(
-        src_number, dst_number, rows, cols, _pointer("void", raw), scale_pointer, _pointer("void", out)
+        _CODES[src],
+        _CODES[dst],
+        rows,
+        cols,
+        first,
+        last - first,
+        _pointer("void", raw),
+        scale_pointer,
+        _pointer("void", out),
     )
     if status:
-        raise ValueError(f"cannot pack {src} as {dst}: {_error(status)}")
+        raise ValueError(f"cannot pack rows {first} to {last} of {rows} from {src} as {dst}: {_error(status)}")
     return out
 
 
-def dequantize(raw: Tensor, type: str, rows: int, cols: int) -> Tensor:
-    """The float32 [rows, cols] values of a matrix of any source type but "fp8_block128"."""
-    return pack(raw, type, "f32", rows, cols).view(torch.float32).view(rows, cols)
+def unpack(packed: Tensor, type: str, rows: int, cols: int) -> Tensor:
+    """The float32 [rows, cols] values of a packed matrix, which the kernels compute with before any rounding."""
+    _need_bytes("packed", packed, packed_bytes(type, rows, cols))
+    out = torch.empty(rows, cols)
+    status = _native().lib.kt_unpack(_CODES[type], rows, cols, _pointer("void", packed), _pointer("float", out))
+    if status:
+        raise ValueError(f"cannot unpack {type}: {_error(status)}")
+    return out
+
+
+def empty(nbytes: int) -> Tensor:
+    """Uninitialised uint8 [nbytes] at a multiple of 4096, in pages of 2 MB where the system has them to give.
+
+    Small ones are the allocator's. The memory goes back to the system with the tensor.
+    """
+    if nbytes < _HUGE_PAGE:
+        padded = torch.empty(nbytes + 64, dtype=torch.uint8)
+        return padded[-padded.data_ptr() % 64 :][:nbytes]
+    area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without huge pages: small ones are slower, not wrong
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=torch.uint8)[:nbytes]
 
 
 def quantize(x: Tensor, dst: str, out: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -203,6 +278,9 @@ def quantize(x: Tensor, dst: str, out: Tensor | None = None) -> Tensor | tuple[T
 class MoeWeights:
     """The packed experts of one layer; ValueError from the constructor names what does not fit.
 
+    `tile_tokens`: experts with so many tokens in a call are computed by tiles, where an isa has them; 0: none.
+    `alpha` and `limit` are of the activation "swiglu_oai" (gpt-oss). Biases are float32, [E, I], [E, I] and [E, H].
+
     gate, up and down are uint8 tensors whose first axis is the experts: [E, bytes] with the bytes of an expert
     contiguous (any constant stride between experts). An expert's gate and up are [width, hidden], its down is
     [hidden, width].
@@ -218,6 +296,12 @@ class MoeWeights:
     gate_type: str
     up_type: str
     down_type: str
+    tile_tokens: int = 12
+    alpha: float = 1.702
+    limit: float = 7.0
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
     _struct: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -225,6 +309,7 @@ class MoeWeights:
             raise ValueError(f"experts is {self.experts}")
         struct = _native().ffi.new("kt_moe *")
         struct.experts, struct.hidden, struct.width = self.experts, self.hidden, self.width
+        struct.tile_tokens, struct.alpha, struct.limit = self.tile_tokens, self.alpha, self.limit
         struct.activation = _index("activation", self.activation, _ACTIVATIONS)
         sizes = {"gate": (self.width, self.hidden), "up": (self.width, self.hidden), "down": (self.hidden, self.width)}
         for name, (rows, cols) in sizes.items():
@@ -242,7 +327,13 @@ class MoeWeights:
                 raise ValueError(f"experts of {name} are {tensor.stride(0)} bytes apart and {nbytes} long")
             setattr(struct, name, _pointer("void", tensor))
             setattr(struct, f"{name}_stride_bytes", tensor.stride(0))
+            if tensor.data_ptr() % 64 or tensor.stride(0) % 64:
+                raise ValueError(f"{name} is not at a multiple of 64 bytes")
             setattr(struct, f"{name}_type", TYPES.index(type_name))
+            bias = getattr(self, f"{name}_bias")
+            if bias is not None:
+                _need(f"{name}_bias", bias, torch.float32, (self.experts, sizes[name][0]))
+                setattr(struct, f"{name}_bias", _pointer("float", bias))
         object.__setattr__(self, "_struct", struct)
 
     @property
@@ -271,9 +362,9 @@ def moe(
     """Routed experts: y[t] = sum_j scores[t, j] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])), e = ids[t, j].
 
     x float32 [T, H], ids int64 [T, k], scores float32 [T, k], all contiguous; returns float32 [T, H], in `out` if given
-    (which shares no memory with the inputs). Experts repeated in a row add up. The result is the same to the bit for
-    any number of threads. ValueError names a shape, a dtype, an id out of range, an isa that refuses the weights or
-    does not run here.
+    (which shares no memory with the inputs). The result is the same to the bit for any number of threads; with at most
+    8 tokens also for each token alone. ValueError names a shape, a dtype, an id out of range or twice in a row, an isa
+    that refuses the weights or does not run here.
     """
     reason = _missing(isa)
     if reason is not None:
@@ -316,8 +407,29 @@ def _launch(
             _pointer("void", scratch),
             scratch.numel(),
         )
+    if status == native.lib.KT_REPEATED_EXPERT:
+        raise ValueError("an expert appears twice among the experts of a token")
     if status == native.lib.KT_BAD_EXPERT:
         raise ValueError(f"ids lie in [{int(ids.min())}, {int(ids.max())}], allowed is [0, {weights.experts})")
     if status:
         raise RuntimeError(f"kt_moe_run: {_error(status)}")
     return out
+
+
+def read_rate(pool: Pool, data: Tensor, ahead: int = 0) -> float:
+    """Bytes/s at which all threads read `data` (far larger than the caches), asking for it `ahead` bytes early."""
+    return float(_native().lib.kt_ceiling_read(pool._handle, _pointer("void", data), data.nbytes, ahead))
+
+
+def tile_operand_bytes(pool: Pool) -> int:
+    """Bytes of the operands of `tile_rate`, at a multiple of 64: use `empty`."""
+    return int(_native().lib.kt_ceiling_tiles_bytes(pool._handle))
+
+
+def tile_rate(pool: Pool, isa: str, order: int, repeats: int, operands: Tensor) -> float:
+    """Operations/s of tile products from the second-level cache, in an order of csrc/ceiling.c; 0 without tiles.
+
+    `isa` is "amx" (bf16) or "amx_int8"; a repeat is 64 products a thread.
+    """
+    number = _index("instruction set", isa, _ISAS)
+    return float(_native().lib.kt_ceiling_tiles(pool._handle, number, order, repeats, _pointer("void", operands)))

@@ -19,14 +19,26 @@ KT_INLINE float activate_exp(float v) {
     return p * kt_from_bits((kt_to_bits(shifted) << 23) + (127u << 23));
 }
 
-KT_INLINE void activate_all(int kind, float *restrict gate, const float *restrict up, size_t n) {
-    if (kind == KT_SILU)
+KT_INLINE void activate_all(const kt_moe *moe, float *restrict gate, const float *restrict up, size_t n) {
+    const float alpha = moe->alpha, limit = moe->limit;
+    switch (moe->activation) {
+    case KT_SILU:
         for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1 + activate_exp(-gate[i])) * up[i];
-    else if (kind == KT_GELU_TANH)  /* (1 + tanh u) / 2 = 1 / (1 + e^-2u) */
+        return;
+    case KT_GELU_TANH:  /* (1 + tanh u) / 2 = 1 / (1 + e^-2u) */
         for (size_t i = 0; i < n; i++) {
             float v = gate[i];
             gate[i] = v / (1 + activate_exp(-1.59576912f * (v + 0.044715f * v * v * v))) * up[i];
         }
-    else
+        return;
+    case KT_GELU:
         for (size_t i = 0; i < n; i++) gate[i] = 0.5f * gate[i] * (1 + erff(gate[i] * 0.70710678f)) * up[i];
+        return;
+    default:
+        for (size_t i = 0; i < n; i++) {
+            float g = gate[i] < limit ? gate[i] : limit, u = up[i] < limit ? up[i] : limit;
+            u = u > -limit ? u : -limit;
+            gate[i] = g / (1 + activate_exp(-alpha * g)) * (u + 1);
+        }
+    }
 }

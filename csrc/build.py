@@ -19,6 +19,8 @@ SOURCES = (
     "moe_avx512_bf16",
     "moe_avx512_vnni",
     "moe_amx",
+    "moe_amx_int8",
+    "ceiling",
 )
 HEADERS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.h"))
 

@@ -3,20 +3,27 @@
  * PHASES, with a barrier between them; tasks of a phase are taken from an atomic counter
  *     0  prepare x                  a task = one token (for a few tokens the caller does it while sorting)
  *     1  h = act(gate x) * up x     a task = (expert, block of rows of I), experts with most tokens first
- *     2  y = sum of score * down h  a task = block of rows of H, over all experts in ascending order
+ *     2  y = sum of score * down h  a task = (run of experts, block of rows of H); runs one after the other
  * A slot is one (token, expert) pair; slots are sorted by expert, then token, then place in the row. Every element of h
- * and y is computed within one task in a fixed order, so the number of threads cannot change a bit.
+ * is computed within one task, and every element of y by one task a run of experts, in the order of the runs: the number
+ * of threads cannot change a bit.
+ *
+ * An expert with tile_tokens tokens or more is computed by tiles, where the instruction set has them, in wide blocks that
+ * keep its tokens in the second-level cache; the others stream their weights past a few tokens.
  */
+#include <sched.h>
 #include <stdatomic.h>
 
 #include "internal.h"
+#include "pool.h"
 
 enum {
     PHASES = 3,
-    ROWS_FEW = 32,       /* rows a task while tokens are few: many tasks, each a long stream of weights */
-    ROWS_WIDTH = 64,     /* rows a task of phase 1, where two matrices share KT_OUT */
-    ROWS_HIDDEN = KT_OUT,
-    FEW_TOKENS = 8,      /* an expert; also: x is prepared by the caller up to here */
+    ROWS_FEW = 64,       /* rows a task where weights are streamed: many tasks, each a long stream */
+    ROWS_TILES = 256,    /* where tiles are filled: a task's tokens are gathered once */
+    RUN = 16,            /* experts a task of phase 2, where tiles are filled: their h stays in the third-level cache */
+    ALONE_TOKENS = 8,    /* a call of so few tokens streams: a token's result is then the same to the bit alone and with others */
+    OUT_STRIDE = 2 * ROWS_TILES + 16,   /* an odd number of cache lines: a column of a tile does not fall into one set */
 };
 
 typedef struct {
@@ -27,13 +34,16 @@ typedef struct {
     const float *x, *scores;
     const int64_t *ids;
     float *y;
-    size_t n_active, rows_width, rows_hidden;
+    size_t n_active, n_tiles;   /* experts in use; the first ones of `order` that are computed by tiles */
+    size_t rows_hidden, run;
     int x_is_prepared;
     /* in scratch */
     int32_t *first_slot;   /* [E + 1] */
     int32_t *order;        /* [n_active] experts, most tokens first */
+    int32_t *active;       /* [n_active] experts, ascending */
     int32_t *slot_token;   /* [T k] */
     float *slot_score;     /* [T k] */
+    atomic_size_t *done;   /* [blocks of H] runs of experts that are in y */
     uint8_t *x_rows, *h_rows, *threads;
     size_t x_stride_bytes, h_stride_bytes, thread_bytes;
     size_t total_bytes;
@@ -60,6 +70,7 @@ static const kt_kernels *table(int isa) {
     case KT_AVX512_BF16: return &kt_kernels_avx512_bf16;
     case KT_AVX512_VNNI: return &kt_kernels_avx512_vnni;
     case KT_AMX: return &kt_kernels_amx;
+    case KT_AMX_INT8: return &kt_kernels_amx_int8;
 #endif
     default: return NULL;
     }
@@ -77,10 +88,13 @@ const char *kt_error(int status) {
     case KT_BAD_COLUMNS: return "the last axis is not a multiple of the block of its storage type";
     case KT_REFUSED: return "the instruction set does not take this weight type";
     case KT_BAD_EXPERT: return "an expert id is outside [0, experts)";
+    case KT_REPEATED_EXPERT: return "an expert appears twice among the experts of a token";
     case KT_SMALL_SCRATCH: return "scratch is smaller than kt_moe_scratch_bytes says";
     case KT_TOO_LARGE: return "too many (token, expert) pairs, or a size overflows";
     case KT_FORKED: return "the pool was made before fork(): make a new one in the child";
     case KT_NOT_BUILT: return "the instruction set is not part of this build";
+    case KT_NOT_FINITE: return "a weight is NaN or infinite, and the packed type has neither";
+    case KT_NO_THREAD: return "a thread cannot be made";
     case KT_NO_PACKING: return "there is no conversion between these storage types";
     default: return "unknown status";
     }
@@ -97,27 +111,31 @@ static int check(const kt_moe *moe, int isa) {
     for (int i = 0; i < 3; i++) {
         if (types[i] < 0 || types[i] >= KT_TYPE_COUNT) return KT_BAD_ARGUMENT;
         if (!kt_isa_takes(isa, types[i])) return KT_REFUSED;
-        if (!kt_is_dense(types[i]) && cols[i] % kt_block_weights(types[i])) return KT_BAD_COLUMNS;
+        if (cols[i] % kt_block(types[i])) return KT_BAD_COLUMNS;
     }
     return KT_OK;
 }
 
+/* A row's bytes, made an odd number of cache lines, so that tiles of 16 rows do not fall into one set. */
+static size_t odd_lines(size_t bytes) { return (kt_round_up(bytes, KT_ALIGN) / KT_ALIGN | 1) * KT_ALIGN; }
+
 /* Divides scratch; with a null base it only counts. */
 static int lay_out(run *r, uint8_t *base) {
     const kt_moe *moe = r->moe;
-    size_t slots, at = 0, panel = 0;
+    size_t slots, at = 0;
     if (__builtin_mul_overflow(r->n_tokens, r->top_k, &slots) || slots > INT32_MAX) return KT_TOO_LARGE;
     if (moe->experts > INT32_MAX || moe->hidden > SIZE_MAX / 64 || moe->width > SIZE_MAX / 64) return KT_TOO_LARGE;
-    r->x_stride_bytes = kt_chunks(moe->hidden) * r->kernels->act_chunk_bytes;
-    r->h_stride_bytes = kt_chunks(moe->width) * r->kernels->act_chunk_bytes;
-    panel = r->kernels->panel_bytes(moe->hidden > moe->width ? moe->hidden : moe->width);
-    r->thread_bytes = kt_round_up(KT_TOKENS * KT_OUT * sizeof(float) + panel, KT_ALIGN);
-    r->first_slot = (int32_t *)(base + reserve(&at, moe->experts + 1, sizeof(int32_t)));
-    r->order = (int32_t *)(base + reserve(&at, moe->experts, sizeof(int32_t)));
-    r->slot_token = (int32_t *)(base + reserve(&at, slots, sizeof(int32_t)));
-    r->slot_score = (float *)(base + reserve(&at, slots, sizeof(float)));
+    r->x_stride_bytes = odd_lines(r->kernels->act_bytes(moe->hidden));
+    r->h_stride_bytes = odd_lines(r->kernels->act_bytes(moe->width));
+    r->thread_bytes = (KT_TOKENS + 2 * KT_ROWS) * OUT_STRIDE * sizeof(float) + kt_round_up(r->kernels->panel_bytes(), KT_ALIGN);
+    r->first_slot = (int32_t *)(void *)(base + reserve(&at, moe->experts + 1, sizeof(int32_t)));
+    r->order = (int32_t *)(void *)(base + reserve(&at, moe->experts, sizeof(int32_t)));
+    r->active = (int32_t *)(void *)(base + reserve(&at, moe->experts, sizeof(int32_t)));
+    r->slot_token = (int32_t *)(void *)(base + reserve(&at, slots, sizeof(int32_t)));
+    r->slot_score = (float *)(void *)(base + reserve(&at, slots, sizeof(float)));
+    r->done = (atomic_size_t *)(void *)(base + reserve(&at, moe->hidden / ROWS_FEW + 1, sizeof(atomic_size_t)));
     r->x_rows = base + reserve(&at, r->n_tokens, r->x_stride_bytes);
-    r->h_rows = base + reserve(&at, slots, r->h_stride_bytes);
+    r->h_rows = base + reserve(&at, slots + 2 * KT_ROWS, r->h_stride_bytes);   /* tiles read rows past an expert's last */
     r->threads = base + reserve(&at, kt_pool_threads(r->pool), r->thread_bytes);
     r->total_bytes = at;
     return at > SIZE_MAX - KT_ALIGN ? KT_TOO_LARGE : KT_OK;
@@ -138,6 +156,7 @@ static void sort_slots(run *r) {
     for (size_t e = 0; e < experts; e++) {
         int32_t count = r->first_slot[e];
         if (!count) continue;
+        r->active[r->n_active] = (int32_t)e;
         size_t at = r->n_active++;
         for (; at > 0 && r->first_slot[r->order[at - 1]] < count; at--) r->order[at] = r->order[at - 1];
         r->order[at] = (int32_t)e;
@@ -155,80 +174,117 @@ static void sort_slots(run *r) {
     }
 }
 
-static void prepare_token(run *r, size_t token) {
-    r->kernels->prepare(r->x + token * r->moe->hidden, r->moe->hidden, r->x_rows + token * r->x_stride_bytes);
+static int by_tiles(const run *r, size_t e) {
+    size_t tokens = (size_t)(r->first_slot[e + 1] - r->first_slot[e]);
+    return r->n_tokens > ALONE_TOKENS && r->moe->tile_tokens && tokens >= r->moe->tile_tokens;
 }
+
+static void prepare_token(run *r, size_t token) {
+    size_t hidden = r->moe->hidden;
+    r->kernels->prepare(r->x + token * hidden, 0, hidden, hidden, r->x_rows + token * r->x_stride_bytes);
+}
+
+static void add(float *to, const float *more, size_t n) {
+    for (size_t i = 0; more && i < n; i++) to[i] += more[i];
+}
+
+static size_t blocks_of(size_t rows, size_t block) { return (rows + block - 1) / block; }
 
 /* h[slots of expert e, rows] */
 static void gate_up_task(run *r, size_t task, float *out, uint8_t *panel) {
     const kt_moe *moe = r->moe;
-    size_t blocks = (moe->width + r->rows_width - 1) / r->rows_width;
-    size_t e = (size_t)r->order[task / blocks], row = task % blocks * r->rows_width;
-    size_t rows = moe->width - row < r->rows_width ? moe->width - row : r->rows_width;
-    size_t gate_row = kt_row_bytes(moe->gate_type, moe->hidden), up_row = kt_row_bytes(moe->up_type, moe->hidden);
+    size_t wide_blocks = blocks_of(moe->width, ROWS_TILES), few_blocks = blocks_of(moe->width, ROWS_FEW);
+    int tiles = task < r->n_tiles * wide_blocks;
+    if (!tiles) task -= r->n_tiles * wide_blocks;
+    size_t blocks = tiles ? wide_blocks : few_blocks, block_rows = tiles ? ROWS_TILES : ROWS_FEW;
+    size_t e = (size_t)r->order[(tiles ? 0 : r->n_tiles) + task / blocks], row = task % blocks * block_rows;
+    size_t rows = moe->width - row < block_rows ? moe->width - row : block_rows;
+    size_t gate_group = kt_group_bytes(moe->gate_type, moe->hidden), up_group = kt_group_bytes(moe->up_type, moe->hidden);
     kt_dot dot = {
-        .n_matrices = 2, .rows = rows, .cols = moe->hidden,
+        .n_matrices = 2, .n_groups = kt_groups(rows), .cols = moe->hidden, .few = !tiles,
         .type = {moe->gate_type, moe->up_type},
-        .w = {(const uint8_t *)moe->gate + e * moe->gate_stride_bytes + row * gate_row,
-              (const uint8_t *)moe->up + e * moe->up_stride_bytes + row * up_row},
-        .row_bytes = {gate_row, up_row}, .out = {out, out + ROWS_WIDTH}, .out_stride = KT_OUT,
+        .w = {(const uint8_t *)moe->gate + e * moe->gate_stride_bytes + row / KT_ROWS * gate_group,
+              (const uint8_t *)moe->up + e * moe->up_stride_bytes + row / KT_ROWS * up_group},
+        .group_bytes = {gate_group, up_group}, .out = {out, out + block_rows}, .out_stride = OUT_STRIDE,
         .acts = r->x_rows, .act_stride_bytes = r->x_stride_bytes, .panel = panel,
     };
+    const float *gate_bias = moe->gate_bias ? moe->gate_bias + e * moe->width + row : NULL;
+    const float *up_bias = moe->up_bias ? moe->up_bias + e * moe->width + row : NULL;
     size_t end = (size_t)r->first_slot[e + 1];
     for (size_t slot = (size_t)r->first_slot[e]; slot < end; slot += KT_TOKENS) {
         dot.n_tokens = end - slot < KT_TOKENS ? end - slot : KT_TOKENS;
         dot.index = r->slot_token + slot;
         r->kernels->dot(&dot);
         for (size_t t = 0; t < dot.n_tokens; t++) {
-            float *gate = out + t * KT_OUT;
-            r->kernels->activate(moe->activation, gate, gate + ROWS_WIDTH, rows);
-            r->kernels->prepare(gate, rows, r->h_rows + (slot + t) * r->h_stride_bytes + row / KT_CHUNK * r->kernels->act_chunk_bytes);
+            float *gate = dot.out[0] + t * OUT_STRIDE, *up = dot.out[1] + t * OUT_STRIDE;
+            add(gate, gate_bias, rows);
+            add(up, up_bias, rows);
+            r->kernels->activate(moe, gate, up, rows);
+            r->kernels->prepare(gate, row, rows, moe->width, r->h_rows + (slot + t) * r->h_stride_bytes);
         }
     }
 }
 
-/* y[all tokens, rows] */
+/* y[all tokens, rows], of one run of experts */
 static void down_task(run *r, size_t task, float *out, uint8_t *panel) {
     const kt_moe *moe = r->moe;
-    size_t row = task * r->rows_hidden;
+    size_t blocks = blocks_of(moe->hidden, r->rows_hidden), block = task % blocks, turn = task / blocks, row = block * r->rows_hidden;
     size_t rows = moe->hidden - row < r->rows_hidden ? moe->hidden - row : r->rows_hidden;
-    size_t row_bytes = kt_row_bytes(moe->down_type, moe->width);
-    for (size_t t = 0; t < r->n_tokens; t++) memset(r->y + t * moe->hidden + row, 0, rows * sizeof(float));
-    for (size_t e = 0; e < moe->experts; e++) {
-        size_t end = (size_t)r->first_slot[e + 1];
+    size_t group = kt_group_bytes(moe->down_type, moe->width);
+    /* The run before was taken as many tasks ago as there are blocks: it is nearly always done. */
+    while (atomic_load_explicit(&r->done[block], memory_order_acquire) != turn) sched_yield();
+    if (turn == 0)
+        for (size_t t = 0; t < r->n_tokens; t++) memset(r->y + t * moe->hidden + row, 0, rows * sizeof(float));
+    size_t last = (turn + 1) * r->run < r->n_active ? (turn + 1) * r->run : r->n_active;
+    for (size_t a = turn * r->run; a < last; a++) {
+        size_t e = (size_t)r->active[a], end = (size_t)r->first_slot[e + 1];
+        const float *bias = moe->down_bias ? moe->down_bias + e * moe->hidden + row : NULL;
         for (size_t slot = (size_t)r->first_slot[e]; slot < end; slot += KT_TOKENS) {
             kt_dot dot = {
-                .n_matrices = 1, .rows = rows, .cols = moe->width, .n_tokens = end - slot < KT_TOKENS ? end - slot : KT_TOKENS,
-                .type = {moe->down_type}, .w = {(const uint8_t *)moe->down + e * moe->down_stride_bytes + row * row_bytes},
-                .row_bytes = {row_bytes}, .out = {out}, .out_stride = KT_OUT,
+                .n_matrices = 1, .n_groups = kt_groups(rows), .cols = moe->width, .few = !by_tiles(r, e),
+                .n_tokens = end - slot < KT_TOKENS ? end - slot : KT_TOKENS, .type = {moe->down_type},
+                .w = {(const uint8_t *)moe->down + e * moe->down_stride_bytes + row / KT_ROWS * group},
+                .group_bytes = {group}, .out = {out}, .out_stride = OUT_STRIDE,
                 .acts = r->h_rows + slot * r->h_stride_bytes, .act_stride_bytes = r->h_stride_bytes, .panel = panel,
             };
             r->kernels->dot(&dot);
             for (size_t t = 0; t < dot.n_tokens; t++) {
-                float *y = r->y + (size_t)r->slot_token[slot + t] * moe->hidden + row;
-                float score = r->slot_score[slot + t];
-                for (size_t i = 0; i < rows; i++) y[i] += score * out[t * KT_OUT + i];
+                float *y = r->y + (size_t)r->slot_token[slot + t] * moe->hidden + row, score = r->slot_score[slot + t];
+                add(out + t * OUT_STRIDE, bias, rows);
+                for (size_t i = 0; i < rows; i++) y[i] += score * out[t * OUT_STRIDE + i];
             }
         }
     }
+    atomic_store_explicit(&r->done[block], turn + 1, memory_order_release);
 }
+
+static size_t take(run *r, int phase) { return atomic_fetch_add_explicit(&r->next[phase], 1, memory_order_relaxed); }
 
 static void work(void *argument, size_t thread) {
     run *r = argument;
-    float *out = (float *)(r->threads + thread * r->thread_bytes);
-    uint8_t *panel = (uint8_t *)(out + KT_TOKENS * KT_OUT);
-    size_t task;
-    if (r->kernels->begin) r->kernels->begin();
+    float *out = (float *)(void *)(r->threads + thread * r->thread_bytes);
+    uint8_t *panel = (uint8_t *)(out + (KT_TOKENS + 2 * KT_ROWS) * OUT_STRIDE);
+    size_t task, width = r->moe->width;
     if (!r->x_is_prepared) {
-        while ((task = atomic_fetch_add(&r->next[0], 1)) < r->n_tokens) prepare_token(r, task);
+        while ((task = take(r, 0)) < r->n_tokens) prepare_token(r, task);
         kt_pool_barrier(r->pool);
     }
-    size_t gate_up_tasks = r->n_active * ((r->moe->width + r->rows_width - 1) / r->rows_width);
-    while ((task = atomic_fetch_add(&r->next[1], 1)) < gate_up_tasks) gate_up_task(r, task, out, panel);
+    size_t gate_up_tasks = r->n_tiles * blocks_of(width, ROWS_TILES) + (r->n_active - r->n_tiles) * blocks_of(width, ROWS_FEW);
+    while ((task = take(r, 1)) < gate_up_tasks) gate_up_task(r, task, out, panel);
     kt_pool_barrier(r->pool);
-    size_t down_tasks = (r->moe->hidden + r->rows_hidden - 1) / r->rows_hidden;
-    while ((task = atomic_fetch_add(&r->next[2], 1)) < down_tasks) down_task(r, task, out, panel);
+    size_t turns = r->n_active ? blocks_of(r->n_active, r->run) : 1;   /* without experts one turn sets y to zero */
+    size_t down_tasks = turns * blocks_of(r->moe->hidden, r->rows_hidden);
+    while ((task = take(r, 2)) < down_tasks) down_task(r, task, out, panel);
     if (r->kernels->end) r->kernels->end();
+}
+
+static int check_ids(const kt_moe *moe, const int64_t *ids, size_t n_tokens, size_t top_k) {
+    for (size_t i = 0; i < n_tokens * top_k; i++) {
+        if (ids[i] < 0 || (uint64_t)ids[i] >= moe->experts) return KT_BAD_EXPERT;
+        for (size_t j = i - i % top_k; j < i; j++)
+            if (ids[j] == ids[i]) return KT_REPEATED_EXPERT;
+    }
+    return KT_OK;
 }
 
 int kt_moe_run(kt_pool *pool, const kt_moe *moe, int isa, size_t n_tokens, size_t top_k, const float *x,
@@ -243,13 +299,13 @@ int kt_moe_run(kt_pool *pool, const kt_moe *moe, int isa, size_t n_tokens, size_
              .x = x, .ids = ids, .scores = scores, .y = y};
     if ((status = lay_out(&r, base))) return status;
     if (scratch_bytes < r.total_bytes + KT_ALIGN) return KT_SMALL_SCRATCH;
-    for (size_t i = 0; i < n_tokens * top_k; i++)
-        if (ids[i] < 0 || (uint64_t)ids[i] >= moe->experts) return KT_BAD_EXPERT;
+    if ((status = check_ids(moe, ids, n_tokens, top_k))) return status;
     sort_slots(&r);
-    int few = n_tokens * top_k < r.n_active * FEW_TOKENS;
-    r.rows_width = few ? ROWS_FEW : ROWS_WIDTH;
-    r.rows_hidden = few ? ROWS_FEW : ROWS_HIDDEN;
-    r.x_is_prepared = n_tokens <= FEW_TOKENS;
+    while (r.n_tiles < r.n_active && by_tiles(&r, (size_t)r.order[r.n_tiles])) r.n_tiles++;
+    r.rows_hidden = r.n_tiles ? ROWS_TILES : ROWS_FEW;
+    r.run = r.n_tiles ? RUN : r.n_active ? r.n_active : 1;
+    for (size_t b = 0; b < blocks_of(moe->hidden, r.rows_hidden); b++) atomic_init(&r.done[b], 0);
+    r.x_is_prepared = n_tokens <= ALONE_TOKENS;
     for (size_t t = 0; r.x_is_prepared && t < n_tokens; t++) prepare_token(&r, t);
     return kt_pool_run(pool, work, &r);
 }

@@ -2,34 +2,26 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #include "activate.h"
-#include "chunk_avx512.h"
+#include "avx512.h"
 
-typedef floats32 chunk;
-typedef __m512 sums;
-
-KT_INLINE chunk chunk_load(const int type, const uint8_t *block, const header *head, const int s) {
-    return floats_load(type, block, head, s);
-}
-KT_INLINE void chunk_store(chunk weights, uint8_t *dst) {
-    _mm512_storeu_ps(dst, weights.low);
-    _mm512_storeu_ps(dst + 64, weights.high);
-}
-KT_INLINE sums sums_zero(void) { return _mm512_setzero_ps(); }
-KT_INLINE sums sums_add(sums sum, chunk weights, const uint8_t *act) {
-    sum = _mm512_fmadd_ps(weights.low, _mm512_loadu_ps(act), sum);
-    return _mm512_fmadd_ps(weights.high, _mm512_loadu_ps(act + 64), sum);
-}
-KT_INLINE float sums_total(sums sum) { return _mm512_reduce_add_ps(sum); }
-
-/* 24 sums, 2 weights and 6 activations of the 32 registers; the panel is half a MiB. */
 enum { TAKES = KT_ALL_TYPES };
-enum { NATIVE = KT_F32, ACT_BYTES = 4 * KT_CHUNK, FEW = 4, ROWS_1 = 4, ROWS_FEW = 2, PANEL_ROWS = 4, PANEL_TOKENS = 6, PANEL_COLS = 1024 };
-#include "dot.h"
+#include "float_lanes.h"
 
-void kt_activate_avx512(int activation, float *gate, const float *up, size_t n) { activate_all(activation, gate, up, n); }
+void kt_expand_scales_avx512(int type, const uint8_t *scales, size_t first, size_t cols, float *scale, float *minimum) {
+#define CASE(TYPE) case TYPE: expand_scales(TYPE, scales, 0, first, cols, LANES, scale, minimum); return;
+    switch (type) {
+        CASE(KT_Q8_0) CASE(KT_Q5_0) CASE(KT_Q4_0) CASE(KT_Q6_K) CASE(KT_Q5_K) CASE(KT_Q4_K) CASE(KT_Q3_K) CASE(KT_Q2_K) CASE(KT_IQ4_NL)
+        CASE(KT_IQ4_XS) CASE(KT_MXFP4) CASE(KT_FP8_BLOCK128) CASE(KT_INT8) CASE(KT_INT4_64) CASE(KT_INT4_128)
+    }
+#undef CASE
+}
+
+void kt_activate_avx512(const kt_moe *moe, float *gate, const float *up, size_t n) { activate_all(moe, gate, up, n); }
+
+static size_t panel_bytes(void) { return 0; }
 
 const kt_kernels kt_kernels_avx512 = {
-    .types = TAKES, .act_chunk_bytes = ACT_BYTES, .panel_bytes = dot_panel_bytes,
-    .prepare = kt_prepare_f32, .activate = kt_activate_avx512, .dot = dot_all,
+    .types = TAKES, .act_bytes = kt_act_bytes_f32, .panel_bytes = panel_bytes,
+    .prepare = kt_prepare_f32, .activate = kt_activate_avx512, .dot = dot_few,
 };
 #endif

@@ -1,85 +1,87 @@
-/* AVX-512 VNNI: activations rounded to int8 with one scale for 32, weights as the unsigned integers they are stored as.
+/* AVX-512 VNNI: activations as integers of 16 bits with a scale for each 32, weights exact, sums of a run exact.
  *
- *     weights  scale * q - minimum        q in 0..255; q8_0 and q5_0 are shifted to it, minimum = scale * shift
- *     acts     scale' * a, and their sum  a in -127..127
- *     32 products:  scale * scale' * (q . a) - minimum * sum      (q . a) exact in int32
- * Loops, shapes and tiles: dot.h.
- */
+ * An activation is 256 high + low, two signed bytes; each meets four codes at a time. That is as fast as floats of 16 bits, which
+ * round a hundred times coarser, would be if their products took half a cycle instead of two; and codes need no
+ * conversion. Loops, shapes and tiles: dot.h. A run of 32 cannot overflow: 32 * 32767 * 255 < 2^31. */
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
-#include "chunk_avx512.h"
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#include "avx512.h"
+#include "lanes.h"
 
-typedef struct { int8_t q[32]; float scale, sum; } act_block;   /* sum is of scale * q */
-typedef struct { __m256i q; float scale, minimum; } chunk;
-typedef struct { __m256 products; float minima; } sums;
+enum { TAKES = KT_INTEGER_TYPES };
+#define OFFSET(type) 0.0f
 
-KT_INLINE chunk chunk_load(const int type, const uint8_t *block, const header *head, const int s) {
-    switch (type) {
-    case KT_Q8_0: {
-        __m256i q = _mm256_loadu_si256((const void *)((const kt_block_q8_0 *)(const void *)block)->q);
-        return (chunk){_mm256_xor_si256(q, _mm256_set1_epi8(-128)), head->scale[0], head->scale[0] * 128};
-    }
-    case KT_Q5_0: {
-        const kt_block_q5_0 *q = (const void *)block;
-        uint32_t high;
-        memcpy(&high, q->high, 4);
-        __m128i low = _mm_loadu_si128((const void *)q->low);
-        __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(low, 4), low), _mm256_set1_epi8(15));
-        return (chunk){_mm256_mask_add_epi8(nibbles, high, nibbles, _mm256_set1_epi8(16)), head->scale[0], head->scale[0] * 16};
-    }
-    case KT_Q4_K: {
-        __m256i q = _mm256_loadu_si256((const void *)(((const kt_block_q4_k *)(const void *)block)->q + s / 2 * 32));
-        q = _mm256_and_si256(s % 2 ? _mm256_srli_epi16(q, 4) : q, _mm256_set1_epi8(15));
-        return (chunk){q, head->scale[s], head->minimum[s]};
-    }
-    default: {
-        const kt_block_unpacked *q = (const void *)block;
-        return (chunk){_mm256_loadu_si256((const void *)q->q), q->scale, q->minimum};
-    }
-    }
+typedef struct { const uint8_t *x; const float *scales, *sums16, *sums32; } act;   /* x: for each 32 columns 32 high bytes, then 32 low ones */
+typedef __m512i partial;
+
+KT_INLINE act act_open(const uint8_t *row, size_t cols) {
+    const float *scales = (const float *)(const void *)(row + kt_spans(cols) * KT_SPAN * 2);
+    return (act){row, scales, scales + kt_spans(cols), scales + 3 * kt_spans(cols)};
 }
-KT_INLINE void chunk_store(chunk weights, uint8_t *dst) {
-    kt_block_unpacked *block = (void *)dst;
-    _mm256_storeu_si256((void *)block->q, weights.q);
-    block->scale = weights.scale;
-    block->minimum = weights.minimum;
+KT_INLINE float run_sum(act a, size_t column, size_t run) {
+    return run == 16 ? a.sums16[column / 16] : a.sums32[column / KT_SPAN];
 }
-KT_INLINE sums sums_zero(void) { return (sums){_mm256_setzero_ps(), 0}; }
-KT_INLINE sums sums_add(sums sum, chunk weights, const uint8_t *act) {
-    const act_block *a = (const void *)act;
-    __m256i products = _mm256_dpbusd_epi32(_mm256_setzero_si256(), weights.q, _mm256_loadu_si256((const void *)a->q));
-    __m256 scale = _mm256_set1_ps(weights.scale * a->scale);
-    return (sums){_mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, sum.products), sum.minima + weights.minimum * a->sum};
-}
-KT_INLINE float sums_total(sums sum) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum.products), _mm256_extractf128_ps(sum.products, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two))) - sum.minima;
+KT_INLINE partial partial_zero(void) { return _mm512_setzero_si512(); }
+KT_INLINE floats partial_total(partial high, partial low, act a, size_t column) {
+    __m512i total = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+    return (floats)_mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(a.scales[column / KT_SPAN]));
 }
 
-/* 8 x (sum, minima); the panel is 640 KiB. */
-enum { TAKES = 1u << KT_Q8_0 | 1u << KT_Q5_0 | 1u << KT_Q4_K };
-enum { NATIVE = KT_UNPACKED, ACT_BYTES = sizeof(act_block), FEW = 4, ROWS_1 = 4, ROWS_FEW = 2, PANEL_ROWS = 2, PANEL_TOKENS = 4, PANEL_COLS = 4096 };
+KT_INLINE __m512i four(const uint8_t *x) {
+    int bytes;
+    memcpy(&bytes, x, 4);
+    return _mm512_set1_epi32(bytes);
+}
+
+KT_INLINE void span_products(const int type, const uint8_t *span, const int run, const int tokens, const act *acts, size_t column,
+                             partial *high, partial *low) {
+    const int per = (int)kt_run(type) / 4;
+    KT_UNROLL for (int q = run * per; q < (run + 1) * per; q++) {
+        __m512i codes = (__m512i)quad(type, span, q);
+        KT_UNROLL for (int t = 0; t < tokens; t++) {
+            const uint8_t *x = acts[t].x + 2 * column + (size_t)q * 4;
+            high[t] = _mm512_dpbusd_epi32(high[t], codes, four(x));
+            low[t] = _mm512_dpbusd_epi32(low[t], codes, four(x + KT_SPAN));
+        }
+    }
+}
 #include "dot.h"
 
-static void prepare(const float *src, size_t n, uint8_t *dst) {
-    for (size_t i = 0; i < n; i += KT_CHUNK, dst += sizeof(act_block)) {
-        act_block *block = (void *)dst;
-        uint32_t mask = n - i < KT_CHUNK ? (1u << (n - i)) - 1 : ~0u;
-        __m512 low = _mm512_maskz_loadu_ps((__mmask16)mask, src + i);
-        __m512 high = mask >> 16 ? _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), src + i + 16) : _mm512_setzero_ps();
-        float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-        __m512 inverse = _mm512_set1_ps(largest > 0 ? 127 / largest : 0);
-        __m512i low_q = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse)), high_q = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-        _mm_storeu_si128((void *)block->q, _mm512_cvtsepi32_epi8(low_q));
-        _mm_storeu_si128((void *)(block->q + 16), _mm512_cvtsepi32_epi8(high_q));
-        block->scale = largest / 127;
-        block->sum = block->scale * (float)_mm512_reduce_add_epi32(_mm512_add_epi32(low_q, high_q));
+size_t kt_act_bytes_int16(size_t cols) {
+    size_t spans = kt_spans(cols);
+    return kt_round_up(spans * (KT_SPAN * 2 + 4 * sizeof(float)), KT_ALIGN);
+}
+
+#define MOST 32639.0f   /* 127 * 256 + 127 */
+
+void kt_prepare_int16(const float *src, size_t first, size_t n, size_t cols, uint8_t *row) {
+    float *scales = (float *)(void *)(row + kt_spans(cols) * KT_SPAN * 2), *sums = scales + kt_spans(cols);
+    for (size_t i = 0; i < n; i += KT_SPAN) {
+        uint32_t mask = n - i < KT_SPAN ? (1u << (n - i)) - 1 : ~0u;
+        __m512 half[2] = {_mm512_maskz_loadu_ps((__mmask16)mask, src + i), _mm512_setzero_ps()};
+        if (mask >> 16) half[1] = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), src + i + 16);
+        float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(half[0]), _mm512_abs_ps(half[1]))), scale = largest / MOST;
+        __m512 inverse = _mm512_set1_ps(largest > 0 ? MOST / largest : 0);
+        float *both = sums + 2 * kt_spans(cols) + (first + i) / KT_SPAN;
+        scales[(first + i) / KT_SPAN] = scale;
+        *both = 0;
+        for (int j = 0; j < 2; j++) {
+            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(half[j], inverse));
+            __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8), low = _mm512_sub_epi32(q, _mm512_slli_epi32(high, 8));
+            uint8_t *to = row + 2 * (first + i) + 16 * (size_t)j;
+            _mm_storeu_si128((void *)to, _mm512_cvtepi32_epi8(high));
+            _mm_storeu_si128((void *)(to + KT_SPAN), _mm512_cvtepi32_epi8(low));
+            *both += sums[(first + i) / 16 + (size_t)j] = scale * (float)_mm512_reduce_add_epi32(q);
+        }
     }
 }
 
+void kt_dot_avx512_vnni(const kt_dot *dot) { dot_few(dot); }
+
+static size_t panel_bytes(void) { return 0; }
+
 const kt_kernels kt_kernels_avx512_vnni = {
-    .types = TAKES, .act_chunk_bytes = ACT_BYTES, .panel_bytes = dot_panel_bytes,
-    .prepare = prepare, .activate = kt_activate_avx512, .dot = dot_all,
+    .types = TAKES, .act_bytes = kt_act_bytes_int16, .panel_bytes = panel_bytes,
+    .prepare = kt_prepare_int16, .activate = kt_activate_avx512, .dot = kt_dot_avx512_vnni,
 };
 #endif

@@ -13,8 +13,15 @@
 #endif
 #include "internal.h"
 
+/* Blocks of ggml. Multi-byte fields are bytes: a row may start at any address. */
+typedef struct { uint8_t d[2]; int8_t q[32]; } kt_block_q8_0;
+typedef struct { uint8_t d[2]; uint8_t high[4]; uint8_t low[16]; } kt_block_q5_0;
+typedef struct { uint8_t d[2]; uint8_t dmin[2]; uint8_t scales[12]; uint8_t q[128]; } kt_block_q4_k;
+typedef struct { uint8_t low[128]; uint8_t high[64]; int8_t scales[16]; uint8_t d[2]; } kt_block_q6_k;
 typedef struct { uint8_t d[2]; uint8_t q[16]; } kt_block_q4_0;
 typedef struct { uint8_t d[2]; uint8_t dmin[2]; uint8_t scales[12]; uint8_t high[32]; uint8_t low[128]; } kt_block_q5_k;
+_Static_assert(sizeof(kt_block_q8_0) == 34 && sizeof(kt_block_q5_0) == 22, "no padding");
+_Static_assert(sizeof(kt_block_q4_k) == 144 && sizeof(kt_block_q6_k) == 210, "no padding");
 _Static_assert(sizeof(kt_block_q4_0) == 18 && sizeof(kt_block_q5_k) == 176, "no padding");
 
 typedef float f32x4 __attribute__((vector_size(16), may_alias));
@@ -55,16 +62,8 @@ KT_INLINE uint32_t peak_bits(const float *x, size_t n) {
 }
 KT_INLINE int is_finite(uint32_t peak) { return peak < 0x7f800000u; }
 
-/* fp16, nearest even; beyond the largest finite one, that one. */
-KT_INLINE uint16_t to_half(float x) {
-    uint32_t bits = kt_to_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffffu;
-    if (size >= 0x477fe000u) return (uint16_t)(sign | 0x7bff);
-    if (size < 0x38800000u)   /* below 2^-14: in units of 2^-24, that of a float at 0.5 */
-        return (uint16_t)(sign | (kt_to_bits(kt_from_bits(size) + 0.5f) - kt_to_bits(0.5f)));
-    return (uint16_t)(sign | (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13);
-}
 KT_INLINE void put_half(uint8_t *to, float x) {
-    uint16_t half = to_half(x);
+    uint16_t half = kt_to_half(x);
     to[0] = (uint8_t)half;
     to[1] = (uint8_t)(half >> 8);
 }

@@ -458,7 +458,7 @@ def doctor() -> None:
     features = cpu_features()
     isas = [
         f
-        for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
+        for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
         if f in features
     ]
     rows.append(

@@ -421,9 +421,8 @@ def _cpu(groups: Iterable[Group]) -> dict[str, object]:
     routed = next((g for g in groups if g.name == "routed experts"), None)
     if routed is None:
         return {}
-    # A kernel that quantises to a type reads it; fp32 and bf16 are what all of them widen to.
     kernels = [k for k in available().values() if k.op == "moe" and k.device == "cpu"]
-    reads = {"f32", "bf16"}.union(*(k.quantizes for k in kernels))
+    reads = set[str]().union(*(k.reads for k in kernels))
     kept = {t: nbytes for t, (_, _, nbytes) in routed.types.items() if t in reads}
     widened = {t: 4 * values for t, (_, values, _) in routed.types.items() if t not in reads}
     return {

@@ -58,6 +58,7 @@ class Kernel(ABC):
     device: ClassVar[str]  # kind: "cpu", "cuda", "*"
     layout: ClassVar[str]
     lossy: ClassVar[str | None] = None  # what it rounds that the compute type does not
+    reads: ClassVar[tuple[str, ...]] = ()  # encodings that it computes from as stored; `pack` widens others
     quantizes: ClassVar[tuple[str, ...]] = ()  # encodings that `pack` brings weights to where a region asks for it
 
     @abstractmethod

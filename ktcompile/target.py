@@ -156,7 +156,18 @@ def fake(gpu: str | int | None = "24G", ram: str | int = "512G") -> Target:
 
     Bandwidths are of a common desktop: 1 TB/s on the GPU, 250 GB/s in RAM, PCIe 4 x16 between them; a CPU with AMX.
     """
-    avx = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
+    avx = {
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "avx512_bf16",
+        "avx512_vnni",
+        "avx512_fp16",
+    }
     cpu = Device("cpu", "cpu", size(ram), 250e9, frozenset({*avx, "amx_tile", "amx_bf16", "amx_int8"}))
     if gpu is None:
         return Target((cpu,), about="imagined: RAM at 250 GB/s, a CPU with AMX, no GPU")

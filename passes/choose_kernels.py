@@ -20,7 +20,7 @@ class ChooseKernels(Pass):
     name = "choose-kernels"
     requires = ("local",)
     establishes = ("lowered",)
-    moe: tuple[str, ...] = ("amx", "avx512_bf16", "avx512", "avx2", "scalar", "reference")
+    moe: tuple[str, ...] = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar", "reference")
     mla: tuple[str, ...] = ("triton_encoded", "triton", "encoded", "reference")
     other: tuple[str, ...] = ("encoded", "reference")
     ops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -25,7 +25,7 @@ from ktcompile.weights import ModuleSource
 
 BEFORE = (Fold(), Place(), InsertCopies())
 HERE = Target((Device("cpu", "cpu", 1 << 30, 1e11, cpu_features()),))
-FAMILY = {"avx512_bf16": "bf16", "amx": "bf16", "avx512_vnni": "int8"}
+FAMILY = {"avx512_bf16": "bf16", "amx": "bf16", "avx512_vnni": "int16", "amx_int8": "int8"}
 
 
 def test_page(golden: Golden) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import GPU, captured, captured_plain, rewritten
-from tolerances import TOLERANCE
+from tolerances import CHAIN
 from torch import Tensor, fx
 
 from ktcompile import Call, Device, Kernel, Parts, Region, Target, regions, value_of
@@ -60,7 +60,7 @@ def attention(gm: fx.GraphModule) -> list[Region]:
 def close(got: Tensor, want: Tensor, precision: str) -> None:
     assert got.shape == want.shape and got.dtype == want.dtype and got.isfinite().all()
     off = (got.double() - want.double()).norm() / want.double().norm()
-    assert off <= TOLERANCE[precision], f"off by {off:.1e}"
+    assert off <= CHAIN[precision], f"off by {off:.1e}"
 
 
 def compare(kernel: Kernel, region: Region, source: Any, inputs: list[Any], target: Target, precision: str) -> None:

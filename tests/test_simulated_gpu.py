@@ -26,7 +26,7 @@ from ktcompile.weights import ImaginedSource
 
 HOST = detect().host
 CLOSE = 1e-4  # relative: |got - want| / |want|
-C_KERNELS = {"amx", "avx512_bf16", "avx512", "avx2", "scalar"}
+C_KERNELS = {"amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar"}
 
 MIXED = """extends: deepseek-v3
 pipeline:

@@ -148,8 +148,11 @@ def _near(parts: Sequence[Part], where: tuple[slice, ...]) -> Sequence[Part]:
     return parts[first:last]
 
 
-def pieces(part: Part, most: int = CHUNK_VALUES) -> Iterator[Part]:
-    """The part cut along its leading axes into pieces of at most `most` values, or one row (of scale blocks) each."""
+def pieces(part: Part, most: int = CHUNK_VALUES, rows: int = 1) -> Iterator[Part]:
+    """The part cut along its leading axes into pieces of at most `most` values, or one row (of scale blocks) each.
+
+    Cuts between rows are at multiples of `rows`, a power of two.
+    """
     shape = part.spec.shape
     if math.prod(shape) <= most or len(shape) < 2:
         yield part
@@ -158,11 +161,11 @@ def pieces(part: Part, most: int = CHUNK_VALUES) -> Iterator[Part]:
         inner = math.prod(shape[1:])
         step = max(1, most // inner)
     else:
-        align = row_align(part.spec.encoding)
+        align = max(rows, row_align(part.spec.encoding))
         step = max(1, most // shape[1] // align) * align
     for start in range(0, shape[0], step):
         piece = part.cut(0, start, min(start + step, shape[0]))
-        yield from pieces(_without_first(piece), most) if len(shape) > 2 and inner > most else (piece,)
+        yield from pieces(_without_first(piece), most, rows) if len(shape) > 2 and inner > most else (piece,)
 
 
 def _without_first(part: Part) -> Part:

@@ -80,7 +80,9 @@ def test_loading_takes_the_bytes_of_the_page(tmp_path: Path, quantize: str) -> N
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["planned"] > (100 << 20)
     assert found["held"] == found["planned"], found
-    assert quantize or abs(found["grown"] - found["planned"]) <= 0.02 * found["planned"], found
+    # A little of what the load before left with the allocator's threads may be used again: it grows by less then.
+    most, least = 1.02 * found["planned"], 0.95 * found["planned"]
+    assert quantize or least <= found["grown"] <= most, found
     assert found["peak"] <= max(found["planned"] + 1.2 * found["layer"], PROVABLE_BYTES), found
 
 

@@ -31,7 +31,7 @@ const char *kt_isa_missing(int isa) {
     enum { FMA = 1u << 12, F16C = 1u << 29, AVX2 = 1u << 5 };
     enum { AVX512F = 1u << 16, AVX512DQ = 1u << 17, AVX512BW = 1u << 30 };
     const unsigned avx512vl = 1u << 31;
-    enum { VNNI = 1u << 11, BF16 = 1u << 5, FP16 = 1u << 23, AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, AMX_INT8 = 1u << 25 };
+    enum { VBMI = 1u << 1, VNNI = 1u << 11, BF16 = 1u << 5, FP16 = 1u << 23, AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, AMX_INT8 = 1u << 25 };
     enum { YMM_STATE = 0x06, ZMM_STATE = 0xe6, TILE_STATE = 0x60000 };
     if (isa < 0 || isa >= KT_ISA_COUNT) return "no such instruction set";
     if (isa == KT_SCALAR) return NULL;
@@ -50,6 +50,7 @@ const char *kt_isa_missing(int isa) {
         if (!has(cpu.leaf7_1_a, BF16)) return "the CPU has no AVX-512 BF16";
         if (isa == KT_AVX512_BF16) return NULL;
         if (!has(cpu.leaf7_d, FP16)) return "the CPU has no AVX-512 FP16";
+        if (!has(cpu.leaf7_c, VBMI)) return "the CPU has no AVX-512 VBMI";
         if (!has(cpu.leaf7_d, AMX_TILE | AMX_BF16)) return "the CPU has no AMX with BF16";
     }
     if (!has(cpu.xcr0, TILE_STATE)) return "the operating system does not save AMX tiles";

@@ -13,8 +13,13 @@
  *   OFFSET(type)                 what its products add to each code: they may see `offset + code`
  *   act, act_open(row, cols)     a token's prepared row; run_sum(act, column, run): the sum of its activations there
  *   partial                      sums of a run; partial_zero(), partial_total(partial, act, column): as floats
+ *   RESULT(sum)                  what is stored of a sum; by default as it is
  *   span_products(type, span, run_in_span, tokens, acts, column, partial *even, partial *odd)
  */
+#ifndef RESULT
+#define RESULT(sum) (sum)
+#endif
+
 enum { SPANS = 8, MOST_TOKENS = 8, MOST_GROUPS = 4, AHEAD_BYTES = 4096, SCALES_AHEAD = 2048 };
 
 KT_INLINE void group_products(const int type, const int groups, const int tokens, const uint8_t *group, size_t group_bytes, size_t cols,
@@ -58,7 +63,7 @@ KT_INLINE void group_products(const int type, const int groups, const int tokens
         }
     }
     KT_UNROLL for (int g = 0; g < groups; g++)
-        KT_UNROLL for (int t = 0; t < tokens; t++) store_floats(out[t] + g * KT_ROWS + row, sum[g][t]);
+        KT_UNROLL for (int t = 0; t < tokens; t++) store_floats(out[t] + g * KT_ROWS + row, RESULT(sum[g][t]));
 }
 
 static void group_dot(int type, int groups, int tokens, const uint8_t *group, size_t group_bytes, size_t cols, const uint8_t *const *rows,

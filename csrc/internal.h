@@ -201,6 +201,10 @@ typedef struct kt_dot {
     uint8_t *panel;            /* panel_bytes(), aligned to KT_ALIGN, this thread's own */
 } kt_dot;
 
+/* Activations in bf16 are so many times as large: moe_amx.c has the reason. They overflow from 2^64 on. */
+#define KT_BF16_SCALE 0x1p64f
+#define KT_BF16_UNSCALE 0x1p-64f
+
 KT_INLINE const uint8_t *kt_act_row(const kt_dot *dot, size_t token) {
     return dot->acts + (dot->index ? (size_t)dot->index[token] : token) * dot->act_stride_bytes;
 }

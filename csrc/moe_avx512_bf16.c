@@ -8,7 +8,8 @@
 enum { TAKES = KT_BIT(KT_BF16) | KT_BIT(KT_FP8_BLOCK128) };
 #define OFFSET(type) 0.0f
 
-/* A prepared row: as kt_prepare_int16 makes it, and then bf16 in the order of kt_bf16_column. */
+/* A prepared row: as kt_prepare_int16 makes it, and then bf16, KT_BF16_SCALE times as large, in the order of kt_bf16_column. */
+#define RESULT(sum) ((sum) * KT_BF16_UNSCALE)
 typedef struct { const uint8_t *x; } act;
 typedef __m512 partial;
 
@@ -60,7 +61,8 @@ void kt_prepare_bf16(const float *src, size_t first, size_t n, size_t cols, uint
     for (size_t i = 0; i < kt_spans(n) * KT_SPAN; i += 16) {
         size_t here = n > i ? n - i : 0;
         __mmask16 mask = here >= 16 ? 0xffff : (__mmask16)((1u << here) - 1);
-        __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, src + (here ? i : 0)));
+        __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, src + (here ? i : 0)), _mm512_set1_ps(KT_BF16_SCALE));
+        __m256i rounded = (__m256i)_mm512_cvtneps_pbh(scaled);
         _mm256_storeu_si256((void *)(to + 2 * i), _mm256_shuffle_epi8(rounded, order));
     }
 }

@@ -67,7 +67,7 @@ SOURCES = (*(t for t in TYPES if t not in LOSSY), "f16")
 
 _CODES = {name: code for code, name in enumerate((*TYPES, "f16"))}
 
-QUANTIZERS = ("q8_0", "q4_0", "q5_0", "q4_k", "q5_k", "q6_k", "fp8_block128")  # in the order of kt_quant
+QUANTIZERS = ("q8_0", "q4_0", "q5_0", "q4_k", "q5_k", "q6_k", "fp8_block128")
 """Types `quantize` writes."""
 
 _ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_vnni", "amx", "amx_int8")  # in the order of kt_isa
@@ -252,20 +252,18 @@ def quantize(x: Tensor, dst: str, out: Tensor | None = None) -> Tensor | tuple[T
     fp16 scales reach (8e6 for q8_0) are clipped. ValueError names what does not fit. Methods: csrc/quantize.c.
     """
     lib = _native().lib
-    number = _index("quantizer", dst, QUANTIZERS)
+    _index("quantizer", dst, QUANTIZERS)
     if x.dim() != 2 or not x.numel():
         raise ValueError(f"x is {tuple(x.shape)}, not [rows, cols]")
     rows, cols = x.shape
     _need("x", x, torch.float32, (rows, cols))
-    nbytes = int(lib.kt_quant_bytes(number, rows, cols))
-    if not nbytes:
-        raise ValueError(f"{cols} columns are no multiple of the block of {dst}")
+    nbytes = source_bytes(dst, rows, cols)
     if out is None:
         out = torch.empty(rows, nbytes // rows, dtype=torch.uint8)
     _need("out", out, torch.uint8, (rows, nbytes // rows))
     scales = torch.empty(-(-rows // 128), -(-cols // 128)) if dst == "fp8_block128" else None
     scales_pointer = _native().ffi.NULL if scales is None else _pointer("float", scales)
-    status = lib.kt_quantize(number, rows, cols, _pointer("float", x), _pointer("void", out), scales_pointer)
+    status = lib.kt_quantize(_CODES[dst], rows, cols, _pointer("float", x), _pointer("void", out), scales_pointer)
     if status == lib.KT_BAD_ARGUMENT:
         row, col = (~x.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"x[{row}, {col}] is {x[row, col].item()}, and {dst} holds finite values only")

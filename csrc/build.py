@@ -1,26 +1,32 @@
 """Builds `ktcompile._native` from csrc with cffi in API mode; `python csrc/build.py` compiles it in place."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = (
-    "pool",
-    "cpu",
+SOURCES = (  # the slowest first: with several compilers at work none is left over at the end
+    "moe_avx2",
+    "moe_avx512",
+    "moe_avx512_vnni",
     "pack",
+    "ceiling",
+    "moe_avx512_bf16",
+    "moe_amx",
+    "moe_amx_int8",
+    "blocks",
+    "unpack",
     "quantize",
     "quantize_k",
     "moe",
     "moe_scalar",
-    "moe_avx2",
-    "moe_avx512",
-    "moe_avx512_bf16",
-    "moe_avx512_vnni",
-    "moe_amx",
-    "moe_amx_int8",
-    "ceiling",
+    "pool",
+    "place",
+    "submit",
+    "cpu",
 )
 HEADERS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.h"))
 
@@ -46,4 +52,4 @@ ffibuilder.set_source(
 )
 
 if __name__ == "__main__":
-    ffibuilder.compile(tmpdir=str(ROOT), verbose=False)
+    sys.exit(subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT).returncode)

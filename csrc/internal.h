@@ -177,10 +177,10 @@ KT_INLINE float kt_e4m3(uint8_t byte) {
 KT_INLINE float kt_half_e8m0(uint8_t byte) { return kt_from_bits(byte < 2 ? 0x200000u << byte : (uint32_t)(byte - 1) << 23); }
 
 /* Scale and minimum of each run of columns [first, first + cols) of a group of rows, as float [runs][16]; the minimum
- * includes bias * scale. `scales` is the group's; first is a multiple of 256. In pack.c: the definition. */
+ * includes bias * scale. `scales` is the group's; first is a multiple of 256. In unpack.c: the definition. */
 void kt_expand_scales(int type, const uint8_t *scales, size_t first, size_t cols, float *scale, float *minimum);
 
-/* Weights of columns [first, first + n), n <= 256, of a group of rows: float [16][256]. In pack.c: the definition. */
+/* Weights of columns [first, first + n), n <= 256, of a group of rows: float [16][256]. In unpack.c: the definition. */
 void kt_unpack_strip(int type, const uint8_t *group, size_t cols, size_t first, size_t n, float *strip);
 
 /* The work of one call of an instruction set: products of a few groups of rows of one or two matrices with the

@@ -99,7 +99,8 @@ int kt_isa_takes(int isa, int type);   /* 1 if the instruction set takes weights
 /* Bytes of a packed matrix, a multiple of 64; 0 if the type cannot be stored, the isa refuses it, or cols is no multiple of
  * its block. Packed matrices start at a multiple of 64. */
 size_t kt_packed_bytes(int isa, int type, size_t rows, size_t cols);
-/* Bytes of the row-major source of kt_pack, without scales; 0 if cols is no multiple of its block. */
+/* Bytes of a row-major matrix, as kt_pack reads and kt_quantize writes it, without scales; 0 if the type is lossy, or cols is
+ * no multiple of its block. */
 size_t kt_source_bytes(int type, size_t rows, size_t cols);
 
 /* Packs rows [first_row, first_row + n_rows) of a row-major matrix of `rows` into their place in dst (the whole packed
@@ -208,23 +209,9 @@ double kt_ceiling_read(kt_pool *pool, const void *data, size_t bytes, size_t ahe
 size_t kt_ceiling_tiles_bytes(const kt_pool *pool);
 double kt_ceiling_tiles(kt_pool *pool, int isa, int order, size_t repeats, const void *operands);
 
-/* What kt_quantize writes: ggml's blocks along the last axis, or e4m3 as in KT_FP8_BLOCK128. */
-typedef enum kt_quant {
-    KT_QUANT_Q8_0,    /* 32 weights in 34 bytes  */
-    KT_QUANT_Q4_0,    /* 32 weights in 18 bytes  */
-    KT_QUANT_Q5_0,    /* 32 weights in 22 bytes  */
-    KT_QUANT_Q4_K,    /* 256 weights in 144 bytes */
-    KT_QUANT_Q5_K,    /* 256 weights in 176 bytes */
-    KT_QUANT_Q6_K,    /* 256 weights in 210 bytes */
-    KT_QUANT_FP8,
-    KT_QUANT_COUNT
-} kt_quant;
-
-/* Bytes that kt_quantize writes; 0 if there is no such type, or cols is no multiple of its block. */
-size_t kt_quant_bytes(int type, size_t rows, size_t cols);
-
-/* Quantises a row-major matrix on the calling thread; the same bytes on every CPU. src is finite, else
- * KT_BAD_ARGUMENT, and dst is partly written. scales: for KT_QUANT_FP8 only, written, [ceil(rows/128), ceil(cols/128)],
- * weight = byte * scale; else null. src, dst and scales must not overlap. */
+/* Quantises a row-major matrix on the calling thread; the same bytes on every CPU. type: KT_Q8_0, KT_Q4_0, KT_Q5_0, KT_Q4_K,
+ * KT_Q5_K, KT_Q6_K or KT_FP8_BLOCK128, else KT_BAD_ARGUMENT. dst has kt_source_bytes. src is finite, else KT_BAD_ARGUMENT,
+ * and dst is partly written. scales: for KT_FP8_BLOCK128 only, written, [ceil(rows/128), ceil(cols/128)], weight =
+ * byte * scale; else null. src, dst and scales must not overlap. */
 int kt_quantize(int type, size_t rows, size_t cols, const float *src, void *dst, float *scales);
 #endif

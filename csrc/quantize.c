@@ -124,42 +124,26 @@ static int all_fp8(size_t rows, size_t cols, const float *src, uint8_t *dst, flo
 
 /* ---- the interface */
 
-static size_t quant_row_bytes(int type, size_t cols) {
-    static const struct { size_t values, bytes; } block[KT_QUANT_COUNT] = {
-        [KT_QUANT_Q8_0] = {32, sizeof(kt_block_q8_0)},
-        [KT_QUANT_Q4_0] = {32, sizeof(kt_block_q4_0)},
-        [KT_QUANT_Q5_0] = {32, sizeof(kt_block_q5_0)},
-        [KT_QUANT_Q4_K] = {256, sizeof(kt_block_q4_k)},
-        [KT_QUANT_Q5_K] = {256, sizeof(kt_block_q5_k)},
-        [KT_QUANT_Q6_K] = {256, sizeof(kt_block_q6_k)},
-        [KT_QUANT_FP8] = {1, 1},
-    };
-    return cols % block[type].values ? 0 : cols / block[type].values * block[type].bytes;
-}
-
-size_t kt_quant_bytes(int type, size_t rows, size_t cols) {
-    size_t bytes;
-    if (type < 0 || type >= KT_QUANT_COUNT || cols > SIZE_MAX / 8) return 0;
-    return __builtin_mul_overflow(rows, quant_row_bytes(type, cols), &bytes) ? 0 : bytes;
-}
+#define WRITTEN (KT_BIT(KT_Q8_0) | KT_BIT(KT_Q4_0) | KT_BIT(KT_Q5_0) | KT_BIT(KT_Q4_K) | KT_BIT(KT_Q5_K) | KT_BIT(KT_Q6_K) \
+                 | KT_BIT(KT_FP8_BLOCK128))
 
 int kt_quantize(int type, size_t rows, size_t cols, const float *src, void *dst, float *scales) {
-    if (type < 0 || type >= KT_QUANT_COUNT || !rows || !cols || !src || !dst) return KT_BAD_ARGUMENT;
-    if ((type == KT_QUANT_FP8) != (scales != NULL)) return KT_BAD_ARGUMENT;
-    size_t row_bytes = quant_row_bytes(type, cols);
-    if (!row_bytes) return KT_BAD_COLUMNS;
-    if (!kt_quant_bytes(type, rows, cols)) return KT_TOO_LARGE;
-    if (type == KT_QUANT_FP8) return all_fp8(rows, cols, src, dst, scales);
+    if (type < 0 || type >= KT_TYPE_COUNT || !(WRITTEN & KT_BIT(type))) return KT_BAD_ARGUMENT;
+    if (!rows || !cols || !src || !dst || (type == KT_FP8_BLOCK128) != (scales != NULL)) return KT_BAD_ARGUMENT;
+    if (cols % kt_block(type)) return KT_BAD_COLUMNS;
+    if (!kt_source_bytes(type, rows, cols)) return KT_TOO_LARGE;
+    if (type == KT_FP8_BLOCK128) return all_fp8(rows, cols, src, dst, scales);
+    size_t row_bytes = kt_source_bytes(type, 1, cols);
     for (size_t r = 0; r < rows; r++, src += cols) {
         void *row = (uint8_t *)dst + r * row_bytes;
         int status = KT_BAD_ARGUMENT;
         switch (type) {
-        case KT_QUANT_Q8_0: status = row_q8_0(src, cols, row); break;
-        case KT_QUANT_Q4_0: status = row_q4_0(src, cols, row); break;
-        case KT_QUANT_Q5_0: status = row_q5_0(src, cols, row); break;
-        case KT_QUANT_Q4_K: status = kt_quantize_q4_k(src, cols, row); break;
-        case KT_QUANT_Q5_K: status = kt_quantize_q5_k(src, cols, row); break;
-        case KT_QUANT_Q6_K: status = kt_quantize_q6_k(src, cols, row); break;
+        case KT_Q8_0: status = row_q8_0(src, cols, row); break;
+        case KT_Q4_0: status = row_q4_0(src, cols, row); break;
+        case KT_Q5_0: status = row_q5_0(src, cols, row); break;
+        case KT_Q4_K: status = kt_quantize_q4_k(src, cols, row); break;
+        case KT_Q5_K: status = kt_quantize_q5_k(src, cols, row); break;
+        case KT_Q6_K: status = kt_quantize_q6_k(src, cols, row); break;
         }
         if (status) return status;
     }

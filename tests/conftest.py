@@ -8,13 +8,15 @@ import torch
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: it reads this once; 0 on a GPU's own run
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+
+from ktcompile.backends import native
 
 HERE = Path(__file__).parent
 
@@ -54,6 +56,14 @@ def golden(request: pytest.FixtureRequest) -> Golden:
         assert actual.count("\n") <= 60, f"{path} has over 60 lines: the model is too big for the point"
 
     return check
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[native.Pool]:
+    """Two threads for the native kernels."""
+    made = native.Pool(2)
+    yield made
+    made.close()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

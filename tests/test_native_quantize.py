@@ -140,14 +140,17 @@ def test_bytes_do_not_depend_on_the_compiler(tmp_path: Path, flags: str) -> None
     library = tmp_path / "quantize.so"
     compiler = (sysconfig.get_config_var("CC") or "cc").split()
     command = [*compiler, "-std=gnu11", "-shared", "-fPIC", *flags.split(), f"-I{CSRC}", "-o", str(library)]
-    subprocess.run([*command, *map(str, CSRC.glob("quantize*.c"))], check=True)
+    subprocess.run([*command, *map(str, CSRC.glob("quantize*.c")), str(CSRC / "blocks.c")], check=True)
     run = ctypes.CDLL(str(library)).kt_quantize
     x = torch.cat([everywhere_the_same(), heavy_tailed()])
-    for number, dst in enumerate(native.QUANTIZERS[:-1]):
+    for dst in BLOCKS:
         want = quantized(x, dst)
         got = torch.empty_like(want)
         sizes = map(ctypes.c_size_t, x.shape)
-        assert run(number, *sizes, ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(got.data_ptr()), None) == 0
+        assert (
+            run(native.TYPES.index(dst), *sizes, ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(got.data_ptr()), None)
+            == 0
+        )
         assert torch.equal(got, want), dst
 
 
@@ -348,21 +351,25 @@ def test_refusals() -> None:
 def test_status_codes() -> None:
     lib, ffi = native._native().lib, native._native().ffi
     x, out, scales = ffi.new("float[]", 256), ffi.new("uint8_t[]", 1024), ffi.new("float[]", 2)
-    assert len(native.QUANTIZERS) == lib.KT_QUANT_COUNT
+    others = (
+        lib.KT_TYPE_COUNT,
+        -1,
+        64,
+        *(code for code, name in enumerate(native._CODES) if name not in native.QUANTIZERS),
+    )
     wrong = [
-        lib.kt_quantize(lib.KT_QUANT_COUNT, 1, 256, x, out, ffi.NULL),
-        lib.kt_quantize(-1, 1, 256, x, out, ffi.NULL),
-        lib.kt_quantize(lib.KT_QUANT_Q8_0, 0, 256, x, out, ffi.NULL),
-        lib.kt_quantize(lib.KT_QUANT_Q8_0, 1, 0, x, out, ffi.NULL),
-        lib.kt_quantize(lib.KT_QUANT_Q8_0, 1, 256, ffi.NULL, out, ffi.NULL),
-        lib.kt_quantize(lib.KT_QUANT_Q8_0, 1, 256, x, ffi.NULL, ffi.NULL),
-        lib.kt_quantize(lib.KT_QUANT_Q8_0, 1, 256, x, out, scales),
-        lib.kt_quantize(lib.KT_QUANT_FP8, 1, 256, x, out, ffi.NULL),
+        *(lib.kt_quantize(type, 1, 256, x, out, ffi.NULL) for type in others),
+        lib.kt_quantize(lib.KT_Q8_0, 0, 256, x, out, ffi.NULL),
+        lib.kt_quantize(lib.KT_Q8_0, 1, 0, x, out, ffi.NULL),
+        lib.kt_quantize(lib.KT_Q8_0, 1, 256, ffi.NULL, out, ffi.NULL),
+        lib.kt_quantize(lib.KT_Q8_0, 1, 256, x, ffi.NULL, ffi.NULL),
+        lib.kt_quantize(lib.KT_Q8_0, 1, 256, x, out, scales),
+        lib.kt_quantize(lib.KT_FP8_BLOCK128, 1, 256, x, out, ffi.NULL),
     ]
     assert wrong == [lib.KT_BAD_ARGUMENT] * len(wrong)
-    assert lib.kt_quantize(lib.KT_QUANT_Q6_K, 1, 128, x, out, ffi.NULL) == lib.KT_BAD_COLUMNS
-    assert lib.kt_quantize(lib.KT_QUANT_Q8_0, 2**62, 2**40, x, out, ffi.NULL) == lib.KT_TOO_LARGE
-    assert lib.kt_quant_bytes(99, 1, 256) == lib.kt_quant_bytes(lib.KT_QUANT_Q4_K, 1, 255) == 0
+    assert lib.kt_quantize(lib.KT_Q6_K, 1, 128, x, out, ffi.NULL) == lib.KT_BAD_COLUMNS
+    assert lib.kt_quantize(lib.KT_Q8_0, 2**62, 2**40, x, out, ffi.NULL) == lib.KT_TOO_LARGE
+    assert lib.kt_source_bytes(99, 1, 256) == lib.kt_source_bytes(lib.KT_Q4_K, 1, 255) == 0
 
 
 @pytest.mark.parametrize("dst", native.QUANTIZERS)

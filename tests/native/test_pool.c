@@ -10,7 +10,7 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 
-static atomic_int spinning, most_spinning, allocations;  /* of csrc/pool.c */
+static atomic_int spinning, most_spinning, allocations;  /* of the pool */
 static atomic_int threads_left = 1 << 30;
 static _Thread_local int own_spins;
 
@@ -35,6 +35,8 @@ static int create(pthread_t *thread, const pthread_attr_t *attributes, void *(*r
 #define calloc(n, size) counted(calloc(n, size))
 #define aligned_alloc(alignment, size) counted(aligned_alloc(alignment, size))
 #define pthread_create create
+#include "../../csrc/place.c"
+#include "../../csrc/submit.c"
 #include "../../csrc/pool.c"
 #undef pthread_create
 
@@ -53,7 +55,7 @@ static void sleep_us(unsigned us) {
     nanosleep(&t, NULL);
 }
 static int cpu_count(void) {
-    cpu_mask mask = own_mask();
+    cpu_mask mask = kt_own_mask();
     return CPU_COUNT_S(sizeof mask, mask.sets);
 }
 static int first_cpu(const cpu_mask *mask) {
@@ -105,7 +107,7 @@ static void test_runs_and_barriers(void) {
             require(kt_pool_run(m.pool, meet, &m) == KT_OK);
         }
         kt_pool_free(m.pool);
-        require(atomic_load(&process.awake) == 0);
+        require(atomic_load(&kt_process.awake) == 0);
     }
 }
 
@@ -131,7 +133,7 @@ static void test_pools_side_by_side(void) {
     for (int i = 0; i < 3; i++) callers[i] = start(run_often, &m[i]);
     for (int i = 0; i < 3; i++) join(callers[i]);
     for (int i = 0; i < 3; i++) kt_pool_free(m[i].pool);
-    require(atomic_load(&process.awake) == 0);
+    require(atomic_load(&kt_process.awake) == 0);
 }
 
 static void test_refuses(void) {
@@ -152,7 +154,7 @@ static void test_refuses(void) {
     kt_task task = {0};
     require(kt_pool_submit(NULL, &task) == KT_BAD_ARGUMENT && kt_pool_wait(NULL, &task) == KT_BAD_ARGUMENT);
     require(kt_pool_start_driver(NULL) == KT_BAD_ARGUMENT);
-    require(atomic_load(&process.awake) == 0);
+    require(atomic_load(&kt_process.awake) == 0);
 }
 
 /* ---- places ---------------------------------------------------------------------------------------------------- */
@@ -176,7 +178,7 @@ static void expect_places(const char *root, const char *allowed, size_t n, const
     char got[256] = "";
     write_file(root, "allowed", allowed);
     cpu_mask mask = read_list(root, "allowed", 0);
-    require(choose_places(root, &mask, n, cpus, nodes) == 0);
+    require(kt_choose_places(root, &mask, n, cpus, nodes) == 0);
     for (size_t i = 0; i < n; i++)
         used += snprintf(got + used, sizeof got - (size_t)used, i ? " %d/%d" : "%d/%d", cpus[i], nodes[i]);
     if (strcmp(got, expected)) printf("of %s: %s, not %s\n", allowed, got, expected);
@@ -203,9 +205,9 @@ static void test_places(const char *root) {
     expect_places(root, "1-2,5,9-10\n", 5, "1/0 2/0 9/0 10/0 5/1");
     expect_places(root, "9-10\n", 2, "9/0 10/0");
     expect_places(root, "4-7\n", 2, "4/1 5/1");
-    atomic_fetch_add(&process.places[0], 1);  /* another pool's */
+    atomic_fetch_add(&kt_process.places[0], 1);  /* another pool's */
     expect_places(root, "0-15\n", 2, "1/0 4/1");
-    atomic_fetch_sub(&process.places[0], 1);
+    atomic_fetch_sub(&kt_process.places[0], 1);
 }
 
 static void test_nodes(void) {
@@ -227,7 +229,7 @@ typedef struct { cpu_mask mask[MAX]; int cpu[MAX]; sigset_t blocked[MAX]; } wher
 static void look(void *argument, size_t thread) {
     whereabouts *w = argument;
     if (thread >= MAX) return;
-    w->mask[thread] = own_mask();
+    w->mask[thread] = kt_own_mask();
     w->cpu[thread] = sched_getcpu();
     pthread_sigmask(SIG_SETMASK, NULL, &w->blocked[thread]);
 }
@@ -240,7 +242,7 @@ static int are_equal(const cpu_mask *a, const cpu_mask *b) { return CPU_EQUAL_S(
 
 static void test_pinning(void) {
     static whereabouts w;
-    cpu_mask mine = own_mask();
+    cpu_mask mine = kt_own_mask();
     size_t n = (size_t)cpu_count();
     if (n > MAX) n = MAX;
     kt_pool *pool = kt_pool_new(n), *other = kt_pool_new(n);
@@ -279,7 +281,7 @@ static void test_pinning(void) {
     meeting m = {.n = 2, .rounds = 100, .pool = pool};
     require(kt_pool_run(pool, meet, &m) == KT_OK);
     kt_pool_free(pool);
-    for (int cpu = 0; cpu < MAX_CPUS; cpu++) require(atomic_load(&process.places[cpu]) == 0);
+    for (int cpu = 0; cpu < MAX_CPUS; cpu++) require(atomic_load(&kt_process.places[cpu]) == 0);
 }
 
 /* ---- tasks ----------------------------------------------------------------------------------------------------- */
@@ -392,7 +394,7 @@ static void test_tasks(void) {
         require(atomic_load(&allocations) == before);
         kt_pool_free(pool);
         kt_pool_free(other);
-        require(atomic_load(&process.awake) == 0);
+        require(atomic_load(&kt_process.awake) == 0);
     }
 }
 
@@ -422,7 +424,7 @@ static void test_free_finishes_tasks(void) {
     kt_pool_free(pool);
     require(n_notes == SENT && links.done == 21);
     for (int i = 0; i < SENT; i++) require(notes[i] == i && entries[i].task.state == DONE);
-    require(atomic_load(&process.awake) == 0);
+    require(atomic_load(&kt_process.awake) == 0);
 }
 
 /* ---- doorbells ------------------------------------------------------------------------------------------------- */
@@ -496,7 +498,7 @@ static void test_doorbells(void) {
         while (!atomic_load(&pool->bell.parked)) sched_yield();  /* none is left: it sleeps */
         require(kt_pool_listen(pool, &bells[2].task, &bells[2].start, &bells[2].done) == KT_OK);
         kt_pool_free(pool);
-        require(atomic_load(&process.awake) == 0);
+        require(atomic_load(&kt_process.awake) == 0);
     }
 }
 
@@ -576,12 +578,12 @@ static void test_waiters_spin_only_where_there_is_room(void) {
     kt_task task = {.call = run_crowd, .argument = &c};
     require(kt_pool_submit(pool, &task) == KT_OK);
     become(&c.working, (int)n);  /* every CPU has a thread of the pool that computes */
-    require(atomic_load(&process.awake) == n);
+    require(atomic_load(&kt_process.awake) == n);
     int before = own_spins;
     require(kt_pool_wait(pool, &task) == KT_OK && own_spins == before);
     kt_pool_free(pool);
     if (n == 1) return;
-    cpu_mask mine = own_mask(), one = {0}, others = mine;
+    cpu_mask mine = kt_own_mask(), one = {0}, others = mine;
     pool = kt_pool_new(1);
     add(&one, pool->cpus[0]);
     CPU_CLR_S((size_t)pool->cpus[0], sizeof others, others.sets);
@@ -601,7 +603,7 @@ static void test_idle_threads_sleep(void) {
     kt_pool *pool = kt_pool_new((size_t)cpu_count());
     meeting m = {.n = 0, .rounds = 1, .pool = pool};
     require(kt_pool_run(pool, meet, &m) == KT_OK && kt_pool_start_driver(pool) == KT_OK);
-    while (atomic_load(&process.awake)) sched_yield();
+    while (atomic_load(&kt_process.awake)) sched_yield();
     sleep_us(1000);
     clock_t before = clock();
     sleep_us(100000);
@@ -649,7 +651,7 @@ static void test_fork(void) {
         require(kt_pool_unlisten(pool, &e.task) == KT_FORKED);
         kt_pool_free(pool);
         kt_pool_free(idle);
-        require(atomic_load(&process.awake) == 0);
+        require(atomic_load(&kt_process.awake) == 0);
 #if defined(__SANITIZE_THREAD__)
         puts("note: no thread is made in the child, which ThreadSanitizer does not support");
 #else
@@ -657,7 +659,7 @@ static void test_fork(void) {
         require(m.pool && kt_pool_run(m.pool, meet, &m) == KT_OK && m.seen[0] == 3);
         require(kt_pool_submit(m.pool, &e.task) == KT_OK && kt_pool_wait(m.pool, &e.task) == KT_OK && n_notes == 2);
         kt_pool_free(m.pool);
-        require(atomic_load(&process.awake) == 0);
+        require(atomic_load(&kt_process.awake) == 0);
 #endif
         fflush(stdout);
         _exit(0);

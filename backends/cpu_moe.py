@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
 from ktcompile.backends import native
 from ktcompile.backends.reference import plain_cost
+from ktcompile.backends.tile_tokens import tile_tokens
 from ktcompile.target import cpu_features
 from ktcompile.weights import Part, WeightSource, decode, each, pieces, values
 
@@ -144,18 +146,22 @@ class CpuMoe(Kernel):
             types["gate"],
             types["up"],
             types["down"],
+            tile_tokens=0,
         )
+        # The packed bytes are those of every phase, whose kernels may differ: each has its own count.
+        taking = [isa for isa in native.FAMILY if native.refuses(isa, weights.types) is None]
+        by_isa = {isa: replace(weights, tile_tokens=tile_tokens(isa, weights.types)) for isa in taking}
         return Packed(
             self.layout,
             tensors,
-            (weights, shared_pool(target[region.home or ""].threads or len(os.sched_getaffinity(0)))),
+            (by_isa, shared_pool(target[region.home or ""].threads or len(os.sched_getaffinity(0)))),
         )
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
         x, ids, scores = inputs
-        weights, pool = packed.shape
+        by_isa, pool = packed.shape
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
-        y = native.moe(pool, self.isa, weights, rows, ids.contiguous(), scores.to(torch.float32).contiguous())
+        y = native.moe(pool, self.isa, by_isa[self.isa], rows, ids.contiguous(), scores.to(torch.float32).contiguous())
         return y.to(x.dtype).view(x.shape)
 
 

@@ -294,7 +294,7 @@ class MoeWeights:
     gate_type: str
     up_type: str
     down_type: str
-    tile_tokens: int = 12
+    tile_tokens: int
     alpha: float = 1.702
     limit: float = 7.0
     gate_bias: Tensor | None = None

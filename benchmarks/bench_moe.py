@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,53 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ktcompile import target
-from ktcompile.backends import native
-
-_HALF_FIELDS = {  # bytes of a block, and where its float16 scales are
-    "q8_0": (34, (0,)),
-    "q5_0": (22, (0,)),
-    "q4_0": (18, (0,)),
-    "q6_k": (210, (208,)),
-    "q5_k": (176, (0, 2)),
-    "q4_k": (144, (0, 2)),
-    "q3_k": (110, (108,)),
-    "q2_k": (84, (80, 82)),
-    "iq4_nl": (18, (0,)),
-    "iq4_xs": (136, (0,)),
-}
-
-
-def source(type: str, rows: int, cols: int) -> tuple[Tensor, str, Tensor | None]:
-    """A random matrix as a file stores it: bytes, type, scales."""
-    if type in ("f32", "bf16", *native.LOSSY):
-        values = torch.randn(rows, cols) * cols**-0.5
-        return (values, "f32", None) if type == "f32" else (values.bfloat16(), "bf16", None)
-    if type == "fp8_block128":
-        scale = torch.full((-(-rows // 128), -(-cols // 128)), 1e-4)
-        return (torch.randn(rows, cols) * 100).to(torch.float8_e4m3fn).view(torch.uint8), type, scale
-    blocks = torch.randint(0, 256, (native.source_bytes(type, rows, cols),), dtype=torch.uint8)
-    if type == "mxfp4":
-        blocks.view(-1, 17)[:, 0] = 120
-    else:
-        size, fields = _HALF_FIELDS[type]
-        for field in fields:
-            blocks.view(-1, size)[:, field : field + 2] = torch.tensor([1e-3]).half().view(torch.uint8)
-    return blocks, type, None
-
-
-def weights(types: tuple[str, str, str], experts: int, hidden: int, width: int, tile_tokens: int) -> native.MoeWeights:
-    """Experts that are copies of one random one: what is timed does not look at the values."""
-
-    def matrices(type: str, rows: int, cols: int) -> Tensor:
-        raw, src, scale = source(type, rows, cols)
-        one = native.pack(raw, src, type, rows, cols, scale)
-        out = native.empty(experts * one.numel()).view(experts, -1)
-        out[:] = one
-        return out
-
-    shapes = ((width, hidden), (width, hidden), (hidden, width))
-    made = [matrices(type, *shape) for type, shape in zip(types, shapes, strict=True)]
-    return native.MoeWeights(experts, hidden, width, "silu", *made, *types, tile_tokens=tile_tokens)
+from ktcompile.backends import native, tune
+from ktcompile.backends.tile_tokens import tile_tokens
 
 
 def expert_bytes(types: tuple[str, str, str], hidden: int, width: int) -> int:
@@ -177,7 +132,7 @@ def torch_cases(
     counts = ids.reshape(-1).bincount(minlength=experts)
     gate, down = torch.randn(experts, 2 * width, hidden).bfloat16(), torch.randn(experts, hidden, width).bfloat16()
     packed = native.pack(
-        *source(types[0], width, hidden)[:2], types[0], width, hidden, source(types[0], width, hidden)[2]
+        *tune.source(types[0], width, hidden)[:2], types[0], width, hidden, tune.source(types[0], width, hidden)[2]
     )
 
     def by_expert(_i: int, decode: bool = False) -> None:
@@ -227,7 +182,7 @@ def packing(type: str, experts: int, hidden: int, width: int, threads: int) -> d
     """GB/s of source that all threads pack, each an expert's matrix at a time."""
     from ktcompile.weights import each
 
-    raw, src, scale = source(type, width, hidden)
+    raw, src, scale = tune.source(type, width, hidden)
     out = native.empty(experts * native.packed_bytes(type, width, hidden)).view(experts, -1)
     out.zero_()
     start = time.perf_counter()
@@ -235,12 +190,6 @@ def packing(type: str, experts: int, hidden: int, width: int, threads: int) -> d
     seconds = time.perf_counter() - start
     nbytes = experts * native.source_bytes(src, width, hidden)
     return {"pack": f"{src} to {type}", "source_gb_s": round(nbytes / seconds / 1e9, 2), "seconds": round(seconds, 2)}
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else "unknown"
 
 
 def main() -> None:
@@ -260,7 +209,7 @@ def main() -> None:
     options = parser.parse_args()
     pool = native.Pool(options.threads)
     ceilings = Ceilings(pool)
-    about = {"cpu": cpu_name(), "threads": options.threads, "torch": torch.__version__}
+    about = {"cpu": target.cpu_name(), "threads": options.threads, "torch": torch.__version__}
     about |= {"read_gb_s": round(ceilings.read(), 1)}
     for isa in ("amx", "amx_int8"):
         about[f"{isa}_tera_op_s_by_order"] = {o: round(r, 2) for o, r in ceilings.tiles(isa).items()}
@@ -272,12 +221,15 @@ def main() -> None:
         types = (named[0], named[1], named[2])
         most = int(target.memory() * 0.5) // expert_bytes(types, options.hidden, options.width)
         experts = min(options.experts, most)
-        made = weights(types, experts, options.hidden, options.width, options.tile_tokens or 12)
+        made = tune.experts(types, experts, options.hidden, options.width, tile_tokens=0)
         taking = [isa for isa in here if not native.refuses(isa, types)]
         best = [isa for isa in taking if isa == "amx_int8"] or [i for i in taking if native.FAMILY[i] != "int8"][-1:]
+        as_told = made
         for isa in [i for i in options.isas or best if i in taking]:
+            count = tile_tokens(isa, types) if options.tile_tokens is None else options.tile_tokens
+            as_told = replace(made, tile_tokens=count)
             for tokens in options.tokens:
-                found = case(ceilings, isa, made, tokens, options.top_k, options.seconds)
+                found = case(ceilings, isa, as_told, tokens, options.top_k, options.seconds)
                 print(json.dumps({**found, **shape, "experts": experts, "threads": options.threads}), flush=True)
         if options.vs:
             for tokens in options.tokens:
@@ -292,7 +244,7 @@ def main() -> None:
                     options.threads,
                 ):
                     print(json.dumps({**found, **shape, "experts": min(experts, 64)}), flush=True)
-        del made
+        del made, as_told
     for type in options.pack:
         print(
             json.dumps(packing(type, min(options.experts, 64), options.hidden, options.width, options.threads)),

@@ -74,7 +74,8 @@ static void group_dot(int type, int groups, int tokens, const uint8_t *group, si
 #define CASE(TYPE) case TYPE: \
     if (!(TAKES >> TYPE & 1)) return; \
     switch (groups * 16 + tokens) { \
-        PRODUCTS(TYPE, 4, 1) PRODUCTS(TYPE, 2, 1) PRODUCTS(TYPE, 2, 2) PRODUCTS(TYPE, 1, 1) PRODUCTS(TYPE, 1, 2) PRODUCTS(TYPE, 1, 4) PRODUCTS(TYPE, 1, 8) \
+        PRODUCTS(TYPE, 4, 1) PRODUCTS(TYPE, 2, 1) PRODUCTS(TYPE, 2, 2) PRODUCTS(TYPE, 1, 1) PRODUCTS(TYPE, 1, 2) PRODUCTS(TYPE, 1, 3) \
+        PRODUCTS(TYPE, 1, 4) PRODUCTS(TYPE, 1, 8) \
     } \
     return;
     switch (type) {
@@ -91,11 +92,11 @@ static void dot_few(const kt_dot *dot) {
     for (size_t m = 0; m < dot->n_matrices; m++) {
         for (size_t g = 0, step; g < dot->n_groups; g += step) {
             const uint8_t *group = dot->w[m] + g * dot->group_bytes[m];
-            /* Two groups at a time: the weights that stream through the first-level cache push a token's row out half as often. */
+            /* Groups side by side: weights that stream through the first-level cache push a token's row out less often. */
             step = dot->n_tokens == 1 ? 4 : dot->n_tokens == 2 ? 2 : 1;
             while (step > dot->n_groups - g) step /= 2;
             for (size_t token = 0; token < dot->n_tokens;) {
-                size_t left = dot->n_tokens - token, block = left > 4 ? 8 : left > 2 ? 4 : left;
+                size_t left = dot->n_tokens - token, block = left > 4 ? 8 : left;
                 const uint8_t *rows[MOST_TOKENS];
                 float *out[MOST_TOKENS], spare[MOST_GROUPS * KT_ROWS];
                 for (size_t t = 0; t < block; t++) {   /* missing tokens repeat the last one and are dropped */

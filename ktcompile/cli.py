@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 if TYPE_CHECKING:
     from ktcompile.checkpoint import Checkpoint
@@ -60,16 +69,11 @@ Threads = Annotated[int | None, typer.Option("--cpu-threads", help="CPU threads.
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[tuple[Progress, Any]]:
-    """A bar on stderr with bytes, speed and time left, and its task; quiet where stderr is no terminal."""
-    columns = (
-        TextColumn(what + " {task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+def _progress(what: str, *columns: ProgressColumn) -> Iterator[tuple[Progress, Any]]:
+    """A bar on stderr, and its task; quiet where stderr is no terminal. Default columns: bytes, speed, time left."""
+    columns = columns or (DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    shown = (TextColumn(what + " {task.description}"), BarColumn(), *columns)
+    with Progress(*shown, console=err, transient=True, disable=not err.is_terminal) as bar:
         yield bar, bar.add_task("", total=None)
 
 
@@ -433,6 +437,37 @@ def kernels() -> None:
         where = {"*": "any device", "cuda": "a GPU", "cpu": "a CPU"}.get(kernel.device, kernel.device)
         out.print(f"{name}: {op} on {where}, {'can run here' if why is None else f'cannot run here: {why}'}")
         out.print(f"    {_doc(type(kernel))}{' Lossy.' if kernel.lossy else ''}")
+
+
+@app.command()
+def tune(
+    types: Annotated[
+        str | None, typer.Option(help="Storage types of experts, as q4_k,bf16. Default: all that tiles take.")
+    ] = None,
+    cpu_threads: Annotated[
+        int | None, typer.Option("--threads", "--cpu-threads", help="CPU threads. Default: all this process may use.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller experts, fewer runs: a rough answer, soon.")] = False,
+) -> None:
+    """Measure here from how many tokens on an expert is faster by tiles (AMX), for this user's later starts."""
+    from ktcompile.errors import KernelError
+    from ktcompile.target import detect
+
+    threads = detect(cpu_threads).host.threads or len(os.sched_getaffinity(0))
+    wanted = [t.strip() for t in types.split(",")] if types is not None else None
+    tuners = sorted(metadata.entry_points(group="ktcompile.tuners"), key=lambda e: e.name)
+    if not tuners:
+        raise KernelError("nothing to tune: no installed package has a tuner; `pip install -e .` registers ktcompile's own")
+    for point in tuners:
+        with _progress("measuring", MofNCompleteColumn(), TimeRemainingColumn()) as (bar, task):
+            path, table = point.load()(
+                wanted,
+                threads,
+                quick,
+                lambda what, done, total: bar.update(task, completed=done, total=total, description=what),
+            )
+        sys.stdout.write(table)
+        err.print(f"wrote {path}", markup=False)
 
 
 @app.command()

@@ -1,10 +1,15 @@
-"""Files that appear whole or not at all: written beside the final name, made durable, then renamed."""
+"""Files that appear whole or not at all: written beside the final name, made durable, renamed. Where caches are."""
 
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """The folder for what is kept for this user and can be made again; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ktcompile"
 
 
 @contextmanager

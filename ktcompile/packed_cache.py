@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ktcompile.errors import ModelFileError, RulesError
-from ktcompile.files import atomic
+from ktcompile.files import atomic, cache_folder
 from ktcompile.version import __version__
 from ktcompile.weights import WeightSource, each
 from ktcompile.weights.file import ModelFile
@@ -89,7 +89,7 @@ class PackedCache:
 def packed_folder(where: str | Path, model: str) -> Path:
     """The folder that a person means: `user` (cache folder of this user), `model` (beside the model), or a path."""
     if str(where) == "user":
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ktcompile" / "packed"
+        return cache_folder() / "packed"
     if str(where) == "model":
         path = Path(model)
         return (path if path.is_dir() else path.parent) / ".ktcompile-packed"

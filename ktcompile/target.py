@@ -113,6 +113,15 @@ def cpu_features() -> frozenset[str]:
     return frozenset(next((x.split(":", 1)[1].split() for x in lines if x.startswith(("flags", "Features"))), []))
 
 
+def cpu_name() -> str:
+    """The processor's name as the kernel lists it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown CPU"
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "unknown CPU")
+
+
 def memory() -> int:
     """Bytes of RAM this process may use: the machine's, or its cgroup's limit if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

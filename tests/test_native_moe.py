@@ -212,7 +212,7 @@ def test_sparse_rows(pool, isa):
         raw = normal(rows, cols, rng) * torch.from_numpy(rng.random((rows, cols)) < 0.01)
         packed.append(native.pack(raw, "f32", "int8_row", rows, cols)[None])
         exact.append(native.unpack(packed[-1][0], "int8_row", rows, cols).double()[None])
-    made = Layer(native.MoeWeights(1, 1024, 512, "silu", *packed, *("int8_row",) * 3), *exact)
+    made = Layer(native.MoeWeights(1, 1024, 512, "silu", *packed, *("int8_row",) * 3, tile_tokens=8), *exact)
     for tokens in (2, 40):
         x = inputs(1024, tokens).abs()
         ids, scores = route("one expert", 1, tokens, 1)

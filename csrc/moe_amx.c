@@ -188,9 +188,9 @@ KT_INLINE void multiply_block(const int type, const int two, const item *it, siz
     const size_t a_stride = it->a_stride_bytes, b_step = it->b_step_bytes;
     const uint8_t *a = it->a + token * a_stride, *b0 = it->b0, *b1 = it->b1;
     const float *next = it->out + (token + BLOCK) * it->dot->out_stride;
-    _tile_loadd(6, b0, 64);
+    _tile_stream_loadd(6, b0, 64);
     _tile_stream_loadd(4, a, a_stride);
-    _tile_loadd(7, b1, 64);
+    _tile_stream_loadd(7, b1, 64);
     for (size_t step = 1;; step++) {
         const uint8_t *below = a + TILE * a_stride;
         int fill = 0;
@@ -203,10 +203,10 @@ KT_INLINE void multiply_block(const int type, const int two, const item *it, siz
         _tile_stream_loadd(4, a, a_stride);
         if (fill) fill_part(type, f, 1);
         if (two) _tile_dpbf16ps(2, 5, 6);
-        _tile_loadd(6, b0, 64);
+        _tile_stream_loadd(6, b0, 64);
         if (fill) fill_part(type, f, 2);
         if (two) _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(7, b1, 64);
+        _tile_stream_loadd(7, b1, 64);
         if (fill) fill_part(type, f, 3);
         if (!it->fresh && step <= BLOCK && pace > 1) {
             _mm_prefetch((const char *)(next + (step - 1) * it->dot->out_stride), _MM_HINT_T0);

@@ -13,8 +13,10 @@ from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_o
 from ktcompile.backends import native
 from ktcompile.backends.reference import plain_cost
 from ktcompile.backends.tile_tokens import tile_tokens
+from ktcompile.ops.moe import PARAMETERS, MoeShape
 from ktcompile.target import cpu_features
 from ktcompile.weights import Part, WeightSource, decode, each, pieces, values
+from ktcompile.weights.source import NATURAL_DTYPES
 
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 _NEEDS = {
@@ -26,7 +28,6 @@ _NEEDS = {
     "amx": _AVX512 | {"avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"},
     "amx_int8": _AVX512 | {"avx512_vnni", "amx_tile", "amx_int8"},
 }
-_MATRICES = ("gate", "up", "down")
 
 
 @cache
@@ -45,36 +46,32 @@ def stored_as(encoding: str, compute: torch.dtype) -> str:
     return "f32" if compute == torch.float32 else "bf16"
 
 
-def _leaf(matrix: str) -> str:
-    """The parameter that gate, up or down is in."""
-    return "down_proj" if matrix == "down" else "gate_up_proj"
+def _size(shape: MoeShape, matrix: str) -> tuple[int, int]:
+    """Rows and columns of an expert's gate, up or down."""
+    return (shape.hidden, shape.width) if matrix == "down" else (shape.width, shape.hidden)
 
 
 def _matrices(region: Region) -> dict[str, str]:
     """The packed type of gate, up and down; remembered on the region, since every kernel asks."""
     known: dict[str, str] | None = region.node.meta.get("moe_types")
-    if known is None:
-        weights = region.weights
-        compute = _compute(region)
-        width = region.binding.shape.width
-        known = {}
-        for name in _MATRICES:
-            node = weights[_leaf(name)]
-            source: WeightSource | None = node.meta.get("source")
-            if source is None:
-                found = {str(node.meta["encoding"])}
-            else:
-                span = {"gate": (0, width), "up": (width, 2 * width)}.get(name)
-                parts = source.parts(node.meta["weight"])
-                found = {
-                    p.spec.encoding
-                    for p in parts
-                    if span is None or (p.where[-2].start < span[1] and p.where[-2].stop > span[0])
-                }
-            wanted = region.quantized.get(_leaf(name))
-            types = {wanted} if wanted else {stored_as(e, compute) for e in found}
-            known[name] = types.pop() if len(types) == 1 else "f32"
-        region.node.meta["moe_types"] = known
+    if known is not None:
+        return known
+    weights, compute, known = region.weights, _compute(region), {}
+    for matrix, leaf in PARAMETERS.items():
+        node = weights[leaf]
+        source: WeightSource | None = node.meta.get("source")
+        if leaf in region.quantized:
+            types = {region.quantized[leaf]}
+        elif source is None:
+            types = {stored_as(str(node.meta["encoding"]), compute)}
+        else:
+            parts = _upright(source.parts(node.meta["weight"]), leaf in region.binding.turned)
+            rows = _range(region.binding.shape.rows(matrix))
+            found = {(p.spec.encoding, p.transpose) for p in parts if _common(_range(p.where[1]), rows)}
+            # Blocks along the other axis are decoded to be transposed.
+            types = {stored_as("" if t and e not in NATURAL_DTYPES else e, compute) for e, t in found}
+        known[matrix] = types.pop() if len(types) == 1 else "f32"
+    region.node.meta["moe_types"] = known
     return known
 
 
@@ -113,12 +110,9 @@ class CpuMoe(Kernel):
 
     def packed_bytes(self, region: Region) -> int:
         shape, types = region.binding.shape, _matrices(region)
-        sizes = {
-            "gate": (shape.width, shape.hidden),
-            "up": (shape.width, shape.hidden),
-            "down": (shape.hidden, shape.width),
-        }
-        return int(shape.experts) * sum(native.packed_bytes(types[m], *sizes[m]) for m in _MATRICES)
+        matrices = sum(native.packed_bytes(types[m], *_size(shape, m)) for m in PARAMETERS)
+        biases = 4 * sum(_size(shape, m)[0] for m in PARAMETERS) if shape.clamp else 0
+        return int(shape.experts) * (matrices + biases)
 
     def cost(self, region: Region, target: Target) -> Cost:
         return plain_cost(region, self.packed_bytes(region))
@@ -127,10 +121,10 @@ class CpuMoe(Kernel):
         return f"{region.binding.shape} {_matrices(region)}"
 
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
-        shape, types = region.binding.shape, _matrices(region)
-        threads = target[region.home or ""].threads
-        quantized = {m: _leaf(m) in region.quantized for m in _MATRICES}
-        packed = {m: _pack(parts, m, shape, types[m], threads, quantized[m]) for m in _MATRICES}
+        types, threads = _matrices(region), target[region.home or ""].threads
+        packed = {m: _pack(parts, m, region, types[m], threads) for m in PARAMETERS}
+        if region.binding.shape.clamp:
+            packed |= {f"{m}_bias": _bias(parts, m, region.binding.shape) for m in PARAMETERS}
         return self.restore(packed, region, target)
 
     def restore(self, tensors: Mapping[str, Tensor], region: Region, target: Target) -> Packed:
@@ -148,6 +142,15 @@ class CpuMoe(Kernel):
             types["down"],
             tile_tokens=0,
         )
+        if shape.clamp:
+            weights = replace(
+                weights,
+                alpha=shape.clamp.alpha,
+                limit=shape.clamp.limit,
+                gate_bias=tensors["gate_bias"].view(torch.float32),
+                up_bias=tensors["up_bias"].view(torch.float32),
+                down_bias=tensors["down_bias"].view(torch.float32),
+            )
         # The packed bytes are those of every phase, whose kernels may differ: each has its own count.
         taking = [isa for isa in native.FAMILY if native.refuses(isa, weights.types) is None]
         by_isa = {isa: replace(weights, tile_tokens=tile_tokens(isa, weights.types)) for isa in taking}
@@ -165,11 +168,18 @@ class CpuMoe(Kernel):
         return y.to(x.dtype).view(x.shape)
 
 
-def _pack(parts: Parts, matrix: str, shape: Any, dst: str, threads: int, quantized: bool) -> Tensor:
+def _bias(parts: Parts, matrix: str, shape: MoeShape) -> Tensor:
+    """The bytes of float32 `[E, rows]`, as a cache keeps them."""
+    found = values(parts.source, parts[f"{PARAMETERS[matrix]}_bias"])
+    return found[:, shape.rows(matrix)].contiguous().view(torch.uint8)
+
+
+def _pack(parts: Parts, matrix: str, region: Region, dst: str, threads: int) -> Tensor:
     """One of gate, up, down of all experts, `[E, bytes]`: pieces are read and packed into place in parallel."""
-    key = parts[_leaf(matrix)]
-    rows, cols = (shape.hidden, shape.width) if matrix == "down" else (shape.width, shape.hidden)
-    first = shape.width if matrix == "up" else 0
+    leaf, shape = PARAMETERS[matrix], region.binding.shape
+    key, turned, quantized = parts[leaf], leaf in region.binding.turned, leaf in region.quantized
+    rows, cols = _size(shape, matrix)
+    lines = shape.rows(matrix)
     nbytes = native.packed_bytes(dst, rows, cols)
     out = native.empty(shape.experts * nbytes).view(shape.experts, nbytes)
 
@@ -191,47 +201,73 @@ def _pack(parts: Parts, matrix: str, shape: Any, dst: str, threads: int, quantiz
             raw, scale = decode(raw, encoding, scale), None
             encoding = "f32" if raw.dtype == torch.float32 else encoding
         experts = range(piece.where[0].start, piece.where[0].stop)
-        span = (piece.where[1].start - first, piece.where[1].stop - first)
+        span = piece.where[1].start, piece.where[1].stop
         raw = raw.reshape(len(experts), -1, raw.shape[-1])
         scale = None if scale is None else scale.reshape(len(experts), -1, scale.shape[-1])
         for i, expert in enumerate(experts):
             put(raw[i], encoding, None if scale is None else scale[i].float().contiguous(), expert, span)
 
-    def decoded(where: tuple[slice, ...]) -> None:
-        found = values(parts.source, key, where=where)[0]
-        put(found, "f32", None, where[0].start, (0, rows))
+    def decoded(expert: int) -> None:
+        across = slice(lines.start, lines.stop), slice(0, cols)
+        where = slice(expert, expert + 1), *(reversed(across) if turned else across)
+        # bf16 where that is what it becomes: half the memory for a whole expert.
+        dtype, encoding = (torch.bfloat16, "bf16") if dst == "bf16" else (torch.float32, "f32")
+        found = values(parts.source, key, dtype, where=where)[0]
+        put((found.mT if turned else found)[:: lines.step].contiguous(), encoding, None, expert, (0, rows))
 
-    whole, apart = _split(parts.source.parts(key), first, rows)
+    whole, apart = _split(_upright(parts.source.parts(key), turned), lines)
     align = 128 if dst == "fp8_block128" else native.GROUP_ROWS
     each(convert, (piece for part in whole for piece in pieces(part, rows=align)), threads)
-    lines, across = slice(first, first + rows), slice(0, cols)
-    each(decoded, ((slice(e, e + 1), lines, across) for e in apart), threads)
+    each(decoded, apart, threads)
     return out
 
 
-def _split(parts: Sequence[Part], first: int, rows: int) -> tuple[list[Part], list[int]]:
-    """The parts of `rows` rows from `first` that can be packed as stored; and the experts that cannot.
+def _upright(parts: Sequence[Part], turned: bool) -> Sequence[Part]:
+    """The parts of a parameter [E, in, out] as those of one that is [E, out, in]."""
+    if not turned:
+        return parts
+    return [replace(p, where=(p.where[0], p.where[2], p.where[1]), transpose=not p.transpose) for p in parts]
 
-    Those are stored transposed, have rows that alternate with others, or scale blocks that reach over the first row, or
-    are cut within a group of packed rows.
+
+def _range(span: slice) -> range:
+    return range(span.start, span.stop, span.step or 1)
+
+
+def _common(a: range, b: range) -> range:
+    """The numbers in both, of which one step divides the other."""
+    fine, coarse = (a, b) if a.step < b.step else (b, a)
+    if (coarse.start - fine.start) % fine.step:
+        return range(0)
+    first = max(a.start, b.start)
+    return range(first + (coarse.start - first) % coarse.step, min(a.stop, b.stop), coarse.step)
+
+
+def _split(parts: Sequence[Part], lines: slice) -> tuple[list[Part], list[int]]:
+    """The parts of a matrix (these rows of a parameter) that can be packed as stored; and the experts that cannot.
+
+    Those are stored transposed, lack rows between others, have scale blocks that reach over the first row, or are cut
+    within a group of packed rows. The parts' `where` is of the matrix.
     """
     whole: list[Part] = []
     apart: set[int] = set()
+    rows = _range(lines)
     for part in parts:
-        span = part.where[1]
-        begin, end = max(span.start, first), min(span.stop, first + rows)
-        if begin >= end:
+        stored = _range(part.where[1])
+        common = _common(stored, rows)
+        if not common:
             continue
-        plain = not part.transpose and all((w.step or 1) == 1 for w in part.where)
-        known = part.scale is None or (part.spec.encoding == "fp8_block128" and (begin - span.start) % 128 == 0)
-        unit = 128 if part.spec.encoding == "fp8_block128" else native.GROUP_ROWS
-        fits = (begin - first) % unit == 0 and ((end - first) % unit == 0 or end == first + rows)
+        begin, end = rows.index(common[0]), rows.index(common[-1]) + 1
+        first, last, every = stored.index(common[0]), stored.index(common[-1]) + 1, common.step // stored.step
+        plain = not part.transpose and all(part.where[axis].step in (None, 1) for axis in (0, 2))
+        is_fp8 = part.spec.encoding == "fp8_block128"
+        known = part.scale is None or (is_fp8 and first % 128 == 0 and every == 1)
+        unit = 128 if is_fp8 else native.GROUP_ROWS
+        fits = common.step == rows.step and begin % unit == 0 and (end % unit == 0 or end == len(rows))
         if not plain or not known or not fits:
             apart.update(range(part.where[0].start, part.where[0].stop))
-        elif (begin, end) == (span.start, span.stop):
-            whole.append(part)
-        else:
-            whole.append(part.cut(len(part.spec.shape) - 2, begin - span.start, end - span.start))
+            continue
+        piece = part if len(common) == len(stored) else part.cut(len(part.spec.shape) - 2, first, last, every)
+        whole.append(replace(piece, where=(part.where[0], slice(begin, end), part.where[2])))
     return [p for p in whole if p.where[0].start not in apart], sorted(apart)
 
 

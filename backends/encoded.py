@@ -13,6 +13,7 @@ from ktcompile.backends.reference import plain_cost
 from ktcompile.graph import remembered
 from ktcompile.verify import gib, used
 from ktcompile.weights import Part, TensorSpec, WeightSource, decode, each, size_of, values
+from ktcompile.weights.source import block_values
 
 # ------------------------------------------------------------------------------------------------ decoders
 # uint8 blocks [n, block bytes] to float32 [n, block values], on any device. Formats: ggml-quants.c of llama.cpp.
@@ -231,6 +232,10 @@ class Encoded(Kernel):
     quantizes = native.QUANTIZERS
 
     def refuses(self, region: Region, target: Target) -> str | None:
+        for leaf, encoding in region.quantized.items():
+            cols = value_of(region.weights[leaf]).shape[-1]
+            if encoding in DECODERS and cols % block_values(encoding):
+                return f"rows of {leaf} have {cols} values, no multiple of {encoding}'s {block_values(encoding)}"
         return wasteful(region, target)
 
     def packed_bytes(self, region: Region) -> int:

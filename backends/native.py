@@ -375,20 +375,10 @@ def _launch(
 ) -> Tensor:
     # `moe` without asking the CPU: an emulator has instructions that the CPU does not report.
     native = _native()
-    if x.dim() != 2 or ids.dim() != 2:
-        raise ValueError(f"x has {x.dim()} dimensions and ids {ids.dim()}; both have 2")
-    tokens, top_k = ids.shape
-    _need("x", x, torch.float32, (tokens, weights.hidden))
-    _need("ids", ids, torch.int64, (tokens, top_k))
-    _need("scores", scores, torch.float32, (tokens, top_k))
-    if out is None:
-        out = torch.empty(tokens, weights.hidden)
-    _need("out", out, torch.float32, (tokens, weights.hidden))
-    reason = refuses(isa, weights.types)
-    if reason is not None:
-        raise ValueError(reason)
+    out = _checked(isa, weights, x, ids, scores, out)
     pool._check()
     number, struct = _ISAS.index(isa), weights._struct
+    tokens, top_k = ids.shape
     with pool._turn:
         scratch_bytes = native.lib.kt_moe_scratch_bytes(pool._handle, struct, number, tokens, top_k)
         scratch = pool._scratch_of(scratch_bytes)
@@ -405,13 +395,168 @@ def _launch(
             _pointer("void", scratch),
             scratch.numel(),
         )
-    if status == native.lib.KT_REPEATED_EXPERT:
+    _raise(status, weights, ids)
+    return out
+
+
+def _checked(
+    isa: str, weights: MoeWeights, x: Tensor, ids: Tensor, scores: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """`out`, made if there is none; ValueError for what does not fit together."""
+    if x.dim() != 2 or ids.dim() != 2:
+        raise ValueError(f"x has {x.dim()} dimensions and ids {ids.dim()}; both have 2")
+    tokens, top_k = ids.shape
+    _need("x", x, torch.float32, (tokens, weights.hidden))
+    _need("ids", ids, torch.int64, (tokens, top_k))
+    _need("scores", scores, torch.float32, (tokens, top_k))
+    if out is None:
+        out = torch.empty(tokens, weights.hidden)
+    _need("out", out, torch.float32, (tokens, weights.hidden))
+    reason = refuses(isa, weights.types)
+    if reason is not None:
+        raise ValueError(reason)
+    return out
+
+
+def _raise(status: int, weights: MoeWeights, ids: Tensor) -> None:
+    """The error of a run that ended with this status, if it is one."""
+    lib = _native().lib
+    if status == lib.KT_REPEATED_EXPERT:
         raise ValueError("an expert appears twice among the experts of a token")
-    if status == native.lib.KT_BAD_EXPERT:
+    if status == lib.KT_BAD_EXPERT:
         raise ValueError(f"ids lie in [{int(ids.min())}, {int(ids.max())}], allowed is [0, {weights.experts})")
     if status:
         raise RuntimeError(f"kt_moe_run: {_error(status)}")
-    return out
+
+
+@dataclass(frozen=True)
+class HostFunctions:
+    """Addresses for cudaLaunchHostFunc: `submit(argument)` and `wait(argument)` are `void (void *)`, in C alone."""
+
+    submit: int
+    wait: int
+    argument: int
+
+
+class Submission:
+    """A call of `moe` on these tensors, prepared once, to be run again and again by the pool's driver.
+
+    The caller writes to x, ids and scores, runs it, and reads `out`. A run is started by `submit`, by a flag
+    (`listen`), or from C (`host_functions`), and allocates nothing. It has scratch memory of its own: the pool may be
+    used by others meanwhile. A run that fails leaves `out` alone; `wait` and `check` then raise what `moe` would have,
+    of the first such run since the last time that they were asked. `close` ends it; so does the end of this object.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        isa: str,
+        weights: MoeWeights,
+        x: Tensor,
+        ids: Tensor,
+        scores: Tensor,
+        out: Tensor | None = None,
+    ) -> None:
+        """Tensors as in `moe`. Starts the pool's driver; ValueError as `moe`, RuntimeError if it cannot be started."""
+        reason = _missing(isa)
+        if reason is not None:
+            raise ValueError(f"{isa} does not run here: {reason}")
+        ffi, lib = _native().ffi, _native().lib
+        self.out = _checked(isa, weights, x, ids, scores, out)
+        pool._check()
+        self.pool, self._weights, self._ids = pool, weights, ids
+        number = _ISAS.index(isa)
+        tokens, top_k = ids.shape
+        scratch = empty(int(lib.kt_moe_scratch_bytes(pool._handle, weights._struct, number, tokens, top_k)))
+        call = self._call = ffi.new("kt_moe_arguments *")
+        call.pool, call.moe, call.isa = pool._handle, weights._struct, number
+        call.n_tokens, call.top_k = tokens, top_k
+        call.x, call.ids, call.scores = _pointer("float", x), _pointer("int64_t", ids), _pointer("float", scores)
+        call.y, call.scratch, call.scratch_bytes = _pointer("float", self.out), _pointer("void", scratch), len(scratch)
+        task = self._task = ffi.new("kt_task *")
+        task.call, task.argument, task.pool = ffi.addressof(lib, "kt_moe_task"), call, pool._handle
+        self._flags: list[Tensor] = []
+        self._accept(lib.kt_pool_start_driver(pool._handle), "the pool's driver cannot be started")
+        # What the driver reads lives until it cannot read it any more.
+        keep = call, weights, x, ids, scores, self.out, scratch, self._flags
+        self._finalizer = weakref.finalize(self, _end, pool, task, keep)
+
+    def submit(self) -> None:
+        """Start a run, after those that others submitted. RuntimeError if its last one is not over, or it listens."""
+        self._check()
+        status = _native().lib.kt_pool_submit(self.pool._handle, self._task)
+        self._accept(status, "it is under way or listens to a flag: wait, or unlisten, first")
+
+    def wait(self) -> Tensor:
+        """`out` once the run is over. RuntimeError if there was none."""
+        self._check()
+        status = _native().lib.kt_pool_wait(self.pool._handle, self._task)
+        self._accept(status, "there is no run to wait for: submit first, or wait for the flag that you listen to")
+        return self.check()
+
+    def check(self) -> Tensor:
+        """`out` of the last run, which is over: what there is to do after a flag said so, or C waited."""
+        status, self._call.status = self._call.status, _native().lib.KT_OK
+        _raise(status, self._weights, self._ids)
+        return self.out
+
+    def listen(self, start: Tensor, done: Tensor) -> None:
+        """From now on, whenever `start` is not 0, the driver writes 0 to it, runs, then writes 1 to `done`.
+
+        Both are int32 or uint32, one element each, on the CPU or pinned, so that a GPU may write and read them. The
+        driver polls without sleeping until `unlisten`. RuntimeError if a run is under way or it listens already.
+        """
+        self._check()
+        for name, flag in (("start", start), ("done", done)):
+            if flag.dtype not in (torch.int32, torch.uint32) or flag.numel() != 1 or flag.device.type != "cpu":
+                shape = tuple(flag.shape)
+                raise ValueError(f"{name} is {flag.dtype} {shape} on {flag.device}, not one int32 or uint32 on the CPU")
+        if start.data_ptr() == done.data_ptr():
+            raise ValueError("start and done are the same flag")
+        pointers = [_pointer("uint32_t", flag) for flag in (start, done)]
+        self._flags += start, done
+        status = _native().lib.kt_pool_listen(self.pool._handle, self._task, *pointers)
+        if status:
+            del self._flags[-2:]
+        self._accept(status, "it is under way or listens to a flag: wait, or unlisten, first")
+
+    def unlisten(self) -> None:
+        """Leave the flags alone, after the run that may be under way. RuntimeError if it does not listen."""
+        self._check()
+        status = _native().lib.kt_pool_unlisten(self.pool._handle, self._task)
+        self._accept(status, "it does not listen to a flag")
+        self._flags.clear()
+
+    def host_functions(self) -> HostFunctions:
+        """`submit` and `wait` without Python; `check` afterwards has the errors. Good as long as this object is."""
+        self._check()
+        ffi, lib = _native().ffi, _native().lib
+        functions = (ffi.addressof(lib, name) for name in ("kt_task_submit", "kt_task_wait"))
+        return HostFunctions(*(int(ffi.cast("uintptr_t", each)) for each in (*functions, self._task)))
+
+    def close(self) -> None:
+        """Waits for a run under way and stops listening. A second call does nothing; runs then raise ValueError."""
+        self._finalizer()
+
+    def _check(self) -> None:
+        if not self._finalizer.alive:
+            raise ValueError("the submission is closed")
+        self.pool._check()
+
+    def _accept(self, status: int, why: str) -> None:
+        if status == _native().lib.KT_BAD_ARGUMENT:
+            raise RuntimeError(why)
+        if status:
+            raise RuntimeError(f"{why}: {_error(status)}")
+
+
+def _end(pool: Pool, task: Any, keep: Any) -> None:
+    """Lets the driver finish with a task, unless the pool is gone, which did that. `keep` lives until then."""
+    if not pool._finalizer.alive or pool._pid != os.getpid():
+        return
+    lib = _native().lib
+    lib.kt_pool_unlisten(pool._handle, task)
+    lib.kt_pool_wait(pool._handle, task)
 
 
 def read_rate(pool: Pool, data: Tensor, ahead: int = 0) -> float:

@@ -22,6 +22,7 @@ SOURCES = (  # the slowest first: with several compilers at work none is left ov
     "quantize",
     "quantize_k",
     "moe",
+    "moe_task",
     "moe_scalar",
     "pool",
     "place",

@@ -201,6 +201,25 @@ size_t kt_moe_scratch_bytes(const kt_pool *pool, const kt_moe *moe, int isa, siz
 int kt_moe_run(kt_pool *pool, const kt_moe *moe, int isa, size_t n_tokens, size_t top_k, const float *x,
                const int64_t *ids, const float *scores, float *y, void *scratch, size_t scratch_bytes);
 
+/* A call of kt_moe_run as a kt_task: task.call = kt_moe_task, task.argument = this. So it is one pointer from then on:
+ * kt_task_submit and kt_task_wait take the task, a doorbell starts it, and a CUDA host function may do any of that.
+ * Allocates nothing; a scratch of its own lets it be queued while others use the pool. Between runs the caller may change
+ * any field, and what it points to. */
+typedef struct kt_moe_arguments {
+    kt_pool *pool;               /* as kt_moe_run */
+    const kt_moe *moe;
+    int isa;
+    int status;                  /* of the first run that failed since the caller wrote KT_OK; that run left y alone */
+    size_t n_tokens, top_k;
+    const float *x;
+    const int64_t *ids;
+    const float *scores;
+    float *y;
+    void *scratch;
+    size_t scratch_bytes;
+} kt_moe_arguments;
+void kt_moe_task(void *arguments);
+
 /* What the machine can do at most, measured: bytes/s that all threads read from `data` (prefetching `ahead` bytes; take
  * the best of a few), and operations/s of tile products with tiles from the second-level cache, isa KT_AMX or KT_AMX_INT8,
  * in an order of 0 to 5 that ceiling.c explains. `operands`: kt_ceiling_tiles_bytes, at a multiple of 64. 0 if it cannot run.

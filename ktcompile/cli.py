@@ -51,7 +51,11 @@ Gguf = Annotated[
 ]
 Quantize = Annotated[
     str | None,
-    typer.Option(help="Quantise the routed experts while loading: int8, int4, q6_k, ... or GLOB=ENCODING,... Lossy."),
+    typer.Option(
+        help="Quantise the routed experts while loading, lossy: int8 (q8_0), int4 (q4_k), fp8, int8_row (a scale a "
+        "row), int4_32, int4_64, int4_128 (one for so many weights), q8_0, q6_k, q5_k, q5_0, q4_k, q4_0; or "
+        "GLOB=ENCODING,..."
+    ),
 ]
 PackedCache = Annotated[
     str | None,
@@ -457,7 +461,7 @@ def tune(
     wanted = [t.strip() for t in types.split(",")] if types is not None else None
     tuners = sorted(metadata.entry_points(group="ktcompile.tuners"), key=lambda e: e.name)
     if not tuners:
-        raise KernelError("nothing to tune: no installed package has a tuner; `pip install -e .` registers ktcompile's own")
+        raise KernelError("nothing to tune: no installed package has a tuner; reinstall ktcompile")
     for point in tuners:
         with _progress("measuring", MofNCompleteColumn(), TimeRemainingColumn()) as (bar, task):
             path, table = point.load()(

@@ -236,8 +236,14 @@ class Region:
 
     def weight_bytes(self, leaf: str) -> int:
         """Bytes of one of its weights, as stored or as it is to be quantised."""
-        weight, encoding = self.weights[leaf], self.quantized.get(leaf)
-        return size_of(value_of(weight).shape, encoding) if encoding else stored_bytes(weight)
+        encoding = self.quantized.get(leaf)
+        return size_of(self.matrix_shape(leaf), encoding) if encoding else stored_bytes(self.weights[leaf])
+
+    def matrix_shape(self, leaf: str) -> tuple[int, ...]:
+        """The shape of one of its weights as [..., out, in]: quantised blocks lie along the last of these axes."""
+        shape = tuple(int(n) for n in value_of(self.weights[leaf]).shape)
+        turned = self.binding is not None and leaf in self.binding.turned
+        return (*shape[:-2], shape[-1], shape[-2]) if turned else shape
 
     @property
     def quantized(self) -> Mapping[str, str]:

@@ -127,7 +127,8 @@ def refusal(kernel: Kernel, region: Region, target: Target) -> str | None:
     if kernel.op != "*" and region.binding is None:
         return "the region keeps its captured body"
     if unknown := [e for e in region.quantized.values() if e not in kernel.quantizes]:
-        return f"it does not quantise weights to {unknown[0]}"
+        allowed = f"; it does to {', '.join(kernel.quantizes)}" if kernel.quantizes else ""
+        return f"it does not quantise weights to {unknown[0]}{allowed}"
     return kernel.refuses(region, target)
 
 

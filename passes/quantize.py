@@ -15,9 +15,16 @@ ENCODINGS = {
     "int8": "q8_0",
     "int4": "q4_k",
     "fp8": "fp8_block128",
+    "int8_row": "int8_row",
+    "int4_32": "q4_0",
+    "int4_64": "int4_64",
+    "int4_128": "int4_128",
     **{name: name for name in ("q8_0", "q6_k", "q5_k", "q5_0", "q4_k", "q4_0")},
 }
-"""What a rule may ask for: integers of 8 or 4 bits with a scale a group of 32, FP8 with one a block of 128 x 128."""
+"""What a rule may ask for: integers with a scale for a group of 32, FP8 with one for a block of 128 x 128.
+
+int8_row has one scale a row, int4_<n> one for n weights of a row, without minima; only the CPU's experts take them.
+"""
 
 KEEP = "keep"
 
@@ -27,8 +34,9 @@ class Quantize(Pass):
     """Quantise the matrices of each region to the encoding of the first rule whose glob matches its path. Lossy.
 
     `int8` is q8_0, `int4` q4_k, `fp8` e4m3 with a scale a block; ggml's q8_0, q6_k, q5_k, q5_0, q4_k and q4_0 are
-    known by name; `keep` leaves a region as stored. Weights that are stored in as few bits, norms, biases and routers
-    stay as they are; rows that do not divide into a type's blocks get q5_0 or q8_0.
+    known by name; `int8_row` has a scale a row, `int4_32` (q4_0), `int4_64` and `int4_128` one for so many weights;
+    `keep` leaves a region as stored. Weights that are stored in as few bits, norms, biases and routers stay as they
+    are; rows that do not divide into a type's blocks get smaller ones: q5_0 or q8_0, int4_64 or q4_0.
     """
 
     name = "quantize"
@@ -60,14 +68,15 @@ class Quantize(Pass):
     def _quantize(self, region: Region, wanted: str, ctx: Context) -> None:
         chosen: dict[str, str] = {}
         stored: dict[str, None] = {}
+        why = f"{wanted} would not make it smaller"
         for leaf, node in region.weights.items():
-            shape = tuple(value_of(node).shape)
+            shape = region.matrix_shape(leaf)
             if is_exact(str(node.meta["weight"]), shape):
                 continue
-            encoding = block_type(wanted, "other", shape[-1]) if wanted in BY_NAME else wanted
-            if encoding != "bf16" and self._saves(
-                str(node.meta["encoding"]), stored_bytes(node), size_of(shape, encoding)
-            ):
+            encoding = wanted if wanted.startswith("fp8") else block_type(wanted, "other", shape[-1])
+            if encoding == "bf16":
+                why = f"rows of {shape[-1]} values do not divide into blocks of {wanted}, nor into 32"
+            elif self._saves(str(node.meta["encoding"]), stored_bytes(node), size_of(shape, encoding)):
                 chosen[leaf] = encoding
                 stored[str(node.meta["encoding"])] = None
         if chosen:
@@ -75,4 +84,4 @@ class Quantize(Pass):
             made = "+".join(dict.fromkeys(chosen.values()))
             ctx.lossy(f"{'+'.join(stored)} weights quantised to {made} while loading")
         elif any(value_of(w).dim() > 1 for w in region.weights.values()):
-            ctx.skip(region, f"stays as stored: {wanted} would not make it smaller")
+            ctx.skip(region, f"stays as stored: {why}")

@@ -112,9 +112,6 @@ CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
 }
 """Two or three layers, the first one dense where the family has that."""
 
-UNDERSTOOD = tuple(n for n in CONFIGS if n != "gpt_oss")
-"""Those whose experts become `moe`; the experts of gpt-oss have biases."""
-
 CONTEXT = 64
 """Tokens a request may hold in every test."""
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cache
 
 from hypothesis import strategies as st
-from models import GPU, TWO, UNDERSTOOD, captured, rewritten, with_capacity
+from models import CONFIGS, GPU, TWO, captured, rewritten, with_capacity
 
 from ktcompile import Target, regions
 from ktcompile.graph import matches
@@ -32,7 +32,7 @@ _GLOBS = (
 )
 
 models = st.sampled_from(FAST)
-any_model = st.sampled_from(UNDERSTOOD)
+any_model = st.sampled_from(tuple(CONFIGS))
 phases = st.sampled_from(("prefill", "decode"))
 devices = st.sampled_from([d.name for d in TWO.devices])
 

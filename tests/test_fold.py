@@ -12,6 +12,7 @@ from torch import nn
 from ktcompile import OPS, bind, fold, regions
 from ktcompile.capture import annotate, capture
 from ktcompile.graph import GLUE
+from ktcompile.ops.moe import Clamp
 from ktcompile.passes.fold import Fold
 
 
@@ -43,7 +44,7 @@ def test_any_subset_of_ops_computes_the_same(name: str, phase: str, known: set[s
     assert all(map(torch.equal, plain.run(), plain.run_rewritten(folded)))
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "gpt_oss"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_weight_is_in_a_region_and_equal_layers_share_their_body(name: str) -> None:
     folded, _ = rewritten(captured(name), GPU, Fold())
     read = {w for r in regions(folded) for w in r.weights.values()}
@@ -57,12 +58,12 @@ def test_experts_with_biases_keep_their_captured_code(golden: Golden) -> None:
     golden("gpt_oss", why_not("gpt_oss", "grouped_mm"))
 
 
-def test_our_marker_is_not_set_where_it_would_compute_something_else() -> None:
-    """`ktrans::moe` knows no bias, clamp or transposition: such experts are captured by transformers' own code."""
+def test_experts_with_biases_are_moe_where_our_marker_has_them() -> None:
     plain = captured_user("gpt_oss", "ktrans")
-    folded, ctx = rewritten(plain.gm, GPU, Fold())
-    assert any("gate_up_proj_bias" in n.why for n in ctx.notes)
-    assert not list(regions(folded, op="moe"))
+    folded, _ = rewritten(plain.gm, GPU, Fold())
+    found = list(regions(folded, op="moe"))
+    assert len(found) == 2 and {r.binding.shape.clamp for r in found} == {Clamp(1.702, 7.0)}
+    assert found[0].matrix_shape("gate_up_proj") == (8, 64, 64) and found[0].matrix_shape("down_proj") == (8, 64, 32)
     assert torch.equal(plain.run()[0], captured_user("gpt_oss", "grouped_mm").run()[0])
 
 

@@ -49,7 +49,7 @@ def test_as_many_copies_as_crossings(data: st.DataObject, name: str, phase: str)
             between = between.next
 
 
-@pytest.mark.parametrize("name", [n for n in CONFIGS if n != "gpt_oss"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_one_device_needs_no_copy_and_says_so(name: str) -> None:
     gm, ctx = rewritten(captured(name), TWO, Fold(), Place({"*": "cpu"}), InsertCopies())
     assert not list(copies(gm))

@@ -27,6 +27,7 @@ class Binding:
 
     roles: Mapping[str, int]  # role -> index into Region.inputs
     shape: Any = None
+    turned: frozenset[str] = frozenset()  # weights that are [..., in, out]; all others are [..., out, in]
 
 
 @dataclass(frozen=True)

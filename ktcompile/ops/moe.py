@@ -2,7 +2,8 @@
 
     y[t] = sum_j scores[t, j] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])),  e = ids[t, j]
 
-Weights are fused as Hugging Face holds them: `gate_up_proj [E, 2 I, H]`, gate first, and `down_proj [E, H, I]`.
+Weights are fused as Hugging Face holds them: `gate_up_proj [E, 2 I, H]`, gate first, and `down_proj [E, H, I]`. Those
+of gpt-oss have biases and a clamped gate, and lie in another order: `clamped_moe`, which is the same op to a kernel.
 """
 
 import operator
@@ -24,15 +25,43 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+PARAMETERS = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
+"""Matrix of an expert -> the parameter that it is rows of."""
+
+_CLAMPED = "swiglu_oai"
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """What `clamped_moe` has beyond `moe`."""
+
+    alpha: float
+    limit: float
+
+
 @dataclass(frozen=True)
 class MoeShape:
-    """Attributes of a layer's routed experts; sizes in elements."""
+    """Attributes of a layer's routed experts; sizes in elements.
+
+    With a `clamp`, the activation is "swiglu_oai", every parameter has one of biases beside it (`gate_up_proj_bias`),
+    and gate and up alternate.
+    """
 
     experts: int
     hidden: int
     width: int
     top_k: int
     activation: str
+    clamp: Clamp | None = None
+
+    def rows(self, matrix: str) -> slice:
+        """The rows of a matrix of `PARAMETERS` among those of its parameter, where that is [E, out, in]."""
+        if matrix == "down":
+            return slice(0, self.hidden)
+        place = 0 if matrix == "gate" else 1
+        if self.clamp is not None:
+            return slice(place, 2 * self.width, 2)
+        return slice(place * self.width, (place + 1) * self.width)
 
 
 def moe(x: Tensor, ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
@@ -66,22 +95,23 @@ def clamped_moe(
     alpha: float,
     limit: float,
 ) -> Tensor:
-    """The routed experts of gpt-oss, which `moe` is not and no kernel knows: biases, and a clamped gate.
+    """The definition for gpt-oss: biases, and a clamped gate.
 
         y[t] = sum_j scores[t, j] * ((min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clamp(up) + 1)) @ down[e]
                                      + down_bias[e]),  gate, up = (x[t] @ gate_up[e] + gate_up_bias[e]) in turn
 
-    `clamp` is to -limit and limit. `x [T, H]`, `gate_up [E, H, 2 I]`, `down [E, I, H]`. Source: `GptOssExperts` in
+    `clamp` is to -limit and limit. `x [..., H]`, `gate_up [E, H, 2 I]`, `down [E, I, H]`. Source: `GptOssExperts` in
     Hugging Face transformers.
     """
+    rows = x.reshape(-1, x.shape[-1])  # [T, H]
     out = x.new_empty(*ids.shape, x.shape[-1])  # [T, k, H]
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        both = x[token] @ gate_up[expert] + gate_up_bias[expert]
+        both = rows[token] @ gate_up[expert] + gate_up_bias[expert]
         gate, up = both[:, 0::2].clamp(max=limit), both[:, 1::2].clamp(-limit, limit)
         value = ((up + 1) * (gate * torch.sigmoid(gate * alpha))) @ down[expert] + down_bias[expert]
         out[token, slot] = (value * scores[token, slot, None]).to(x.dtype)
-    return out.sum(1)
+    return out.sum(1).view(x.shape)
 
 
 register(
@@ -101,29 +131,42 @@ def _bind(site: Site) -> Bound | None:
             why=f"not moe: its weights are {', '.join(sorted(site.weights))}; "
             "wanted gate_up_proj and down_proj (is this the `eager` experts implementation?)",
         )
-    if extra := set(site.weights) - {"gate_up_proj", "down_proj"}:
-        return Bound("experts", why=f"not moe: no kernel knows experts with {', '.join(sorted(extra))}")
-    gate_up, down = (value_of(site.weights[n]) for n in ("gate_up_proj", "down_proj"))
-    experts, width2, hidden = gate_up.shape
-    if tuple(down.shape) != (experts, hidden, width2 // 2):
+    clamped = next((n for n in site.nodes if calls(n, "clamped_moe")), None)
+    known = {"gate_up_proj", "down_proj"} | (set() if clamped is None else {"gate_up_proj_bias", "down_proj_bias"})
+    if extra := set(site.weights) - known:
         return Bound(
             "experts",
-            why=f"not moe: gate_up_proj {list(gate_up.shape)} and down_proj {list(down.shape)} "
-            "are not [E, 2 I, H] and [E, H, I]",
+            why=f"not moe: no kernel knows this code of experts with {', '.join(sorted(extra))}; that of gpt-oss is "
+            "known after model.set_experts_implementation('ktrans')",
+        )
+    gate_up, down = (value_of(site.weights[n]) for n in ("gate_up_proj", "down_proj"))
+    wanted = "[E, 2 I, H] and [E, H, I]" if clamped is None else "[E, H, 2 I] and [E, I, H]"
+    experts, width2, hidden = gate_up.shape if clamped is None else gate_up.mT.shape
+    if tuple(down.shape if clamped is None else down.mT.shape) != (experts, hidden, width2 // 2):
+        return Bound(
+            "experts",
+            why=f"not moe: gate_up_proj {list(gate_up.shape)} and down_proj {list(down.shape)} are not {wanted}",
         )
     ids = [n for n in site.tensors if not value_of(n).dtype.is_floating_point]
     scores = [n for n in site.tensors if n not in ids and ids and value_of(n).shape == value_of(ids[0]).shape]
     hidden_in = [n for n in site.tensors if n not in ids and n not in scores]
     if not len(ids) == len(scores) == len(hidden_in) == len(site.outputs) == 1 or site.written:
         return Bound("experts", why="not moe: it does not read one of each: hidden states, expert ids, scores")
+    sizes = int(experts), int(hidden), int(width2) // 2, int(value_of(ids[0]).shape[-1])
+    roles = roles_of(site, x=hidden_in[0], ids=ids[0], scores=scores[0])
+    if clamped is not None:
+        alpha, limit = clamped.args[7:9]
+        if not isinstance(alpha, float | int) or not isinstance(limit, float | int):
+            return Bound("experts", why="not moe: alpha and limit of its gate are computed by the model")
+        shape = MoeShape(*sizes, _CLAMPED, Clamp(float(alpha), float(limit)))
+        return Bound("moe", Binding(roles, shape, frozenset({"gate_up_proj", "down_proj"})))
     marker = next((n for n in site.nodes if calls(n, "moe")), None)
     activation = str(marker.args[5]) if marker is not None else activation_of(site)
     if activation not in ACTIVATIONS:
         return Bound("experts", why=f"not moe: activation {activation or 'unknown'}; known: {', '.join(ACTIVATIONS)}")
     if marker is None and not _gates_plainly(site):
         return Bound("experts", why="not moe: it does not compute act(gate) * up and nothing else between its products")
-    shape = MoeShape(int(experts), int(hidden), int(width2) // 2, int(value_of(ids[0]).shape[-1]), activation)
-    return Bound("moe", Binding(roles_of(site, x=hidden_in[0], ids=ids[0], scores=scores[0]), shape))
+    return Bound("moe", Binding(roles, MoeShape(*sizes, activation)))
 
 
 def _gates_plainly(site: Site) -> bool:
@@ -148,12 +191,14 @@ def _define(binding: Binding, leaves: tuple[str, ...]) -> fx.Graph:
     graph = fx.Graph()
     x, ids, scores = (graph.placeholder(role) for role in OP.roles)
     weights = {leaf: graph.placeholder(leaf) for leaf in leaves}
-    graph.output(
-        graph.call_function(
-            torch.ops.ktrans.moe.default,
-            (x, ids, scores, weights["gate_up_proj"], weights["down_proj"], binding.shape.activation),
-        )
-    )
+    shape: MoeShape = binding.shape
+    if shape.clamp is None:
+        args = weights["gate_up_proj"], weights["down_proj"], shape.activation
+        graph.output(graph.call_function(torch.ops.ktrans.moe.default, (x, ids, scores, *args)))
+        return graph
+    matrices = (weights[leaf] for name in ("gate_up_proj", "down_proj") for leaf in (name, f"{name}_bias"))
+    clamp = shape.clamp.alpha, shape.clamp.limit
+    graph.output(graph.call_function(torch.ops.ktrans.clamped_moe.default, (x, ids, scores, *matrices, *clamp)))
     return graph
 
 

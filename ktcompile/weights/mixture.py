@@ -5,11 +5,17 @@ The rules are llama.cpp's (llama-quant.cpp), but that the embedding gets at leas
 
 from typing import Literal
 
-from ktcompile.weights import ggml
+from ktcompile.weights.source import block_values
 
 Role = Literal["head", "embedding", "down", "value", "key", "attention_output", "other"]
 
-_NARROW = {"q4_k": "q5_0", "q5_k": "q8_0", "q6_k": "q8_0"}  # for rows that do not divide into 256
+_NARROW = {  # for rows that do not divide into blocks of 256, 128, 64
+    "q4_k": "q5_0",
+    "q5_k": "q8_0",
+    "q6_k": "q8_0",
+    "int4_128": "int4_64",
+    "int4_64": "q4_0",
+}
 
 
 def is_exact(key: str, shape: tuple[int, ...]) -> bool:
@@ -22,12 +28,13 @@ def block_type(wanted: str, role: Role, cols: int, layer: int = 0, layers: int =
     """The type of a matrix with `cols` columns in a model of `wanted`: a block type, or "q4_k_m", llama.cpp's mixture.
 
     `layer` is its layer of `layers`, `experts` how many the model has. Rows that do not divide into blocks fall back to
-    a type with blocks of 32, or to bf16.
+    a type with smaller blocks, or to bf16.
     """
-    chosen = _chosen(wanted, role, layer, layers, experts)
-    for name in (chosen, _NARROW.get(chosen, chosen)):
-        if cols % ggml.BY_NAME[name].block_values == 0:
-            return name
+    chosen: str | None = _chosen(wanted, role, layer, layers, experts)
+    while chosen is not None:
+        if cols % block_values(chosen) == 0:
+            return chosen
+        chosen = _NARROW.get(chosen)
     return "bf16"
 
 

@@ -50,8 +50,8 @@ class Part:
     transpose: bool = False  # swap the last two axes after reading
     scale: str | None = None  # name of the stored scales
 
-    def cut(self, axis: int, start: int, stop: int) -> "Part":
-        """The piece `start:stop` along an axis of `spec.shape`.
+    def cut(self, axis: int, start: int, stop: int, every: int = 1) -> "Part":
+        """The piece `start:stop:every` along an axis of `spec.shape`.
 
         Columns (the last axis) can be cut only in encodings of single values; rows, and columns of FP8 blocks, begin at
         a scale block.
@@ -62,15 +62,17 @@ class Part:
         at = _position(index, axis)
         taken = index[at]
         begin, step = (taken.start or 0, taken.step or 1) if isinstance(taken, slice) else (0, 1)
-        index[at] = slice(begin + start * step, begin + (stop - 1) * step + 1, step)
+        count = len(range(start, stop, every))
+        last = start + (count - 1) * every
+        index[at] = slice(begin + start * step, begin + last * step + 1, step * every)
         rank = len(shape)
         swapped = {rank - 1: rank - 2, rank - 2: rank - 1} if self.transpose else {}
         target = len(self.where) - rank + swapped.get(axis, axis)
         where = list(self.where)
         first, pace = where[target].start, where[target].step or 1
-        where[target] = slice(first + start * pace, first + (stop - 1) * pace + 1, pace)
-        nbytes = self.spec.nbytes * stop // size - self.spec.nbytes * start // size
-        spec = replace(self.spec, shape=(*shape[:axis], stop - start, *shape[axis + 1 :]), nbytes=nbytes)
+        where[target] = slice(first + start * pace, first + last * pace + 1, pace * every)
+        nbytes = (self.spec.nbytes * stop // size - self.spec.nbytes * start // size) // every
+        spec = replace(self.spec, shape=(*shape[:axis], count, *shape[axis + 1 :]), nbytes=nbytes)
         return replace(self, spec=spec, where=tuple(where), index=tuple(index))
 
 
@@ -299,9 +301,20 @@ def combine(key: str, parts: Sequence[Part]) -> TensorSpec:
     return TensorSpec(shape, dtype, "+".join(names), sum(p.spec.nbytes for p in parts))
 
 
+ROUNDED = {"int8_row": 1, "int4_64": 64, "int4_128": 128}
+"""Encodings of no file, made while weights are packed: a float32 scale a row, a float16 scale for so many weights."""
+
+
+def block_values(encoding: str) -> int:
+    """The rows of a block encoding, or one of `ROUNDED`, are a multiple of this."""
+    return ROUNDED[encoding] if encoding in ROUNDED else ggml.BY_NAME[encoding].block_values
+
+
 def size_of(shape: Sequence[int], encoding: str) -> int:
-    """Bytes of a tensor of that shape in a natural, block or FP8 encoding, scales included."""
+    """Bytes of a tensor of that shape in a natural, block, FP8 or rounded encoding, scales included."""
     count = math.prod(shape)
+    if encoding in ROUNDED:
+        return count + 4 * count // shape[-1] if encoding == "int8_row" else count // 2 + 2 * count // ROUNDED[encoding]
     if encoding.startswith("fp8_block"):
         block = fp8_block(encoding)
         return count + 4 * math.prod(shape[:-2]) * -(-shape[-2] // block) * -(-shape[-1] // block)

@@ -78,6 +78,8 @@ def table(run: Run, peers: dict[str, Any] | None = None) -> str:
     rows = [_row(case, peers) for case in run.cases]
     about = run.about
     text = f"## {about['cpu']}, {about.get('threads', '?')} threads\n\n"
+    if not run.cases:
+        return text + "no case was measured\n"
     shapes = dict.fromkeys(_shape(c) for c in run.cases)
     text += f"torch {about.get('torch', '?')}; {'; '.join(shapes)}\n\n"
     text += "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows))

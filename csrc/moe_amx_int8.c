@@ -5,16 +5,18 @@
  * LAYOUT      A tile  [16 tokens][64 columns] int8
  *             B tile  [16 quads][16 rows][4] codes, unsigned: two spans of a packed group, as they lie
  *             C tile  [16 tokens][16 rows] int32
- * TILES       blocks of 2 x 2 C tiles, 32 tokens x 32 rows; after each 256 columns the sums are scaled and added to out.
+ * TILES       blocks of 2 x 2 C tiles, 32 tokens x 32 rows; after each 256 columns the sums are scaled and added to out, while the
+ *             products of the next 256 are under way.
  *             Experts with few tokens go to the loops of avx512_vnni, with activations in 16 bits.
  */
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,prefer-vector-width=512")
 #include "tiles.h"
 
-enum { GROUP = 256, GROUP_STEPS = GROUP / 64, A_STRIDE = 4096 + 64 };
+enum { GROUP = 256, GROUP_STEPS = GROUP / 64, WINDOW = 4096, A_STRIDE = WINDOW + 64, SUMS_BYTES = 4 * TILE_BYTES };
+typedef float window_scales[WINDOW / GROUP][KT_TOKENS + BLOCK];
 
-static size_t panel_bytes(void) { return (KT_TOKENS + BLOCK) * A_STRIDE + 4 * TILE_BYTES; }
+static size_t panel_bytes(void) { return 2 * SUMS_BYTES + sizeof(window_scales) + (KT_TOKENS + BLOCK) * A_STRIDE; }
 
 /* A prepared row: as kt_prepare_int16 makes it, for few tokens; int8 [cols, up to a multiple of 64]; for each 256 of
  * them a scale, and the sum times the scale. */
@@ -60,6 +62,23 @@ KT_INLINE void add_scaled(const int32_t *c, const float *scale, size_t first, fl
     }
 }
 
+/* Sums of a block of 32 tokens x 32 rows that are not yet in out. */
+typedef struct {
+    const int32_t *c;                 /* [2 x 2 tiles]; null: there are none */
+    const float *scale;               /* [32 tokens] */
+    float *out;
+    int first, half;                  /* the first columns; 16 tokens only */
+} sums;
+
+KT_INLINE void finish(const sums *s, size_t out_stride) {
+    if (!s->c) return;
+    add_scaled(s->c, s->scale, s->first, s->out, out_stride);
+    add_scaled(s->c + 256, s->scale, s->first, s->out + TILE, out_stride);
+    if (s->half) return;
+    add_scaled(s->c + 512, s->scale + TILE, s->first, s->out + TILE * out_stride, out_stride);
+    add_scaled(s->c + 768, s->scale + TILE, s->first, s->out + TILE * out_stride + TILE, out_stride);
+}
+
 static void dot(const kt_dot *dot) {
     if (dot->few) {
         kt_dot_avx512_vnni(dot);
@@ -67,14 +86,18 @@ static void dot(const kt_dot *dot) {
     }
     begin();
     const size_t spans = kt_round_up(kt_spans(dot->cols), 2), padded = spans * KT_SPAN;
-    int32_t *c = (int32_t *)(void *)dot->panel;
-    uint8_t *a_rows = dot->panel + 4 * TILE_BYTES;
-    float scale[KT_TOKENS + BLOCK], total[KT_TOKENS];
-    memset(scale, 0, sizeof scale);
-    for (size_t col = 0; col < padded; col += 4096) {
-        size_t cols = padded - col < 4096 ? padded - col : 4096;
+    window_scales *scales = (window_scales *)(void *)(dot->panel + 2 * SUMS_BYTES);
+    uint8_t *a_rows = (uint8_t *)(scales + 1);
+    float total[KT_TOKENS];
+    sums made[2] = {0};
+    size_t number = 0;
+    memset(scales, 0, sizeof *scales);
+    for (size_t col = 0; col < padded; col += WINDOW) {
+        size_t cols = padded - col < WINDOW ? padded - col : WINDOW;
         tile_block block = {.a_stride_bytes = A_STRIDE};
         const uint8_t *a = gather(dot, int8_at(dot->cols) + col, cols, a_rows, &block.a_stride_bytes);
+        for (size_t t = 0; t < dot->n_tokens; t++)
+            for (size_t i = 0; i * GROUP < cols; i++) (*scales)[i][t] = scales_of(kt_act_row(dot, t), dot->cols)[col / GROUP + i];
         for (size_t m = 0; m < dot->n_matrices; m++) {
             for (size_t g = 0; g < dot->n_groups; g += 2) {
                 const uint8_t *group = dot->w[m] + g * dot->group_bytes[m] + col / KT_SPAN * 512;
@@ -83,13 +106,12 @@ static void dot(const kt_dot *dot) {
                     int half = dot->n_tokens - token <= TILE;
                     float *out = dot->out[m] + token * dot->out_stride + g * KT_ROWS;
                     for (size_t from = 0; from < cols; from += GROUP) {
-                        size_t at = col + from;
                         block.steps = cols - from < GROUP ? (cols - from) / 64 : GROUP_STEPS;
                         block.a = a + token * block.a_stride_bytes + from;
                         block.b0 = group + from / KT_SPAN * 512;
                         block.b1 = two ? block.b0 + dot->group_bytes[m] : block.b0;
-                        for (size_t t = 0; t < BLOCK; t++)
-                            scale[t] = token + t < dot->n_tokens ? scales_of(kt_act_row(dot, token + t), dot->cols)[at / GROUP] : 0;
+                        sums *now = &made[number % 2];
+                        int32_t *c = (int32_t *)(void *)(dot->panel + number % 2 * SUMS_BYTES);
                         stores_before_tiles();
                         _tile_zero(0);
                         _tile_zero(1);
@@ -97,25 +119,24 @@ static void dot(const kt_dot *dot) {
                         _tile_zero(3);
                         if (half) BLOCK_1X2(_tile_dpbsud, &block);
                         else BLOCK_2X2(_tile_dpbsud, &block);
+                        finish(&made[++number % 2], dot->out_stride);
+                        *now = (sums){c, (*scales)[from / GROUP] + token, out, col + from == 0, half};
                         _tile_stored(0, c, 64);
                         _tile_stored(1, c + 256, 64);
                         _tile_stored(2, c + 512, 64);
                         _tile_stored(3, c + 768, 64);
                         __asm__ volatile("" : : : "memory");
-                        add_scaled(c, scale, at == 0, out, dot->out_stride);
-                        add_scaled(c + 256, scale, at == 0, out + TILE, dot->out_stride);
-                        if (half) continue;
-                        add_scaled(c + 512, scale + TILE, at == 0, out + TILE * dot->out_stride, dot->out_stride);
-                        add_scaled(c + 768, scale + TILE, at == 0, out + TILE * dot->out_stride + TILE, dot->out_stride);
                     }
                 }
             }
         }
+        finish(&made[(number + 1) % 2], dot->out_stride);   /* before other columns' scales take the place */
+        made[(number + 1) % 2].c = NULL;
     }
     for (size_t t = 0; t < dot->n_tokens; t++) {
-        const float *sums = scales_of(kt_act_row(dot, t), dot->cols) + groups(dot->cols);
+        const float *scaled = scales_of(kt_act_row(dot, t), dot->cols) + groups(dot->cols);
         total[t] = 0;
-        for (size_t i = 0; i < groups(dot->cols); i++) total[t] += kt_bias(KT_INT8) * sums[i];
+        for (size_t i = 0; i < groups(dot->cols); i++) total[t] += kt_bias(KT_INT8) * scaled[i];
     }
     for (size_t m = 0; m < dot->n_matrices; m++)
         for (size_t g = 0; g < dot->n_groups; g++) {

@@ -134,7 +134,6 @@ KT_INLINE void open_six_bits(filling *f, const int second, const uint8_t *unit, 
 
 /* Scales of the 256 columns from `first`, as float16 pairs of scaled rows. */
 KT_INLINE void open_strip(const int type, filling *f, const int second, size_t first) {
-    const size_t runs = STRIP / kt_run(type);
     const uint8_t *group = f->group[second], *bound = group + kt_group_bytes(type, f->all_cols) - 64, *scales = group + kt_codes_bytes(type, f->all_cols);
     const __m512 factor = row_factor(bound);
     const __m512 scale_factor = _mm512_mul_ps(factor, _mm512_set1_ps(type == KT_FP8_BLOCK128 ? 256.0f : (float)(1 << (14 + kt_value_bits(type)))));
@@ -142,8 +141,8 @@ KT_INLINE void open_strip(const int type, filling *f, const int second, size_t f
         open_six_bits(f, second, scales + first / 256 * kt_scale_unit_bytes(type), scale_factor, factor);
         return;
     }
-    float scale[STRIP / 16][LANES] __attribute__((aligned(64))), minimum[STRIP / 16][LANES] __attribute__((aligned(64)));
-    size_t cols = f->all_cols - first < STRIP ? f->all_cols - first : STRIP;
+    float scale[STRIP / 16][LANES] __attribute__((aligned(64))) = {{0}}, minimum[STRIP / 16][LANES] __attribute__((aligned(64))) = {{0}};
+    const size_t cols = f->all_cols - first < STRIP ? f->all_cols - first : STRIP, runs = (cols + kt_run(type) - 1) / kt_run(type);
     expand_scales(type, scales, 0, first, cols, LANES, scale[0], minimum[0]);
     for (size_t i = 0; i < runs; i++) {
         f->scales[second][i] = pairs_of(_mm512_mul_ps(_mm512_load_ps(scale[i]), scale_factor));

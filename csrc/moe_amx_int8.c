@@ -53,6 +53,43 @@ static void prepare(const float *src, size_t first, size_t n, size_t cols, uint8
     }
 }
 
+/* A block's operands: A [32 tokens][columns], rows a_stride apart; B two runs of tiles of 16 weight rows, one tile a step. */
+typedef struct {
+    const uint8_t *a, *b0, *b1;
+    size_t a_stride_bytes, steps;
+} tile_block;
+
+/* C tile number: 2 * (token half) + (row half); A tiles are 4 and 5, B tiles 6 and 7. Loads between products: while one
+ * product runs, the next operand comes from the cache. */
+#define BLOCK_2X2(block) \
+    do { \
+        const uint8_t *a_ = (block)->a, *b0_ = (block)->b0, *b1_ = (block)->b1; \
+        const size_t stride_ = (block)->a_stride_bytes; \
+        for (size_t step_ = 0; step_ < (block)->steps; step_++, a_ += 64, b0_ += TILE_BYTES, b1_ += TILE_BYTES) { \
+            _tile_loadd(6, b0_, 64); \
+            _tile_stream_loadd(4, a_, stride_); \
+            _tile_dpbsud(0, 4, 6); \
+            _tile_loadd(7, b1_, 64); \
+            _tile_dpbsud(1, 4, 7); \
+            _tile_stream_loadd(5, a_ + TILE * stride_, stride_); \
+            _tile_dpbsud(2, 5, 6); \
+            _tile_dpbsud(3, 5, 7); \
+        } \
+    } while (0)
+
+/* The last 16 tokens, where there are no 32. */
+#define BLOCK_1X2(block) \
+    do { \
+        const uint8_t *a_ = (block)->a, *b0_ = (block)->b0, *b1_ = (block)->b1; \
+        for (size_t step_ = 0; step_ < (block)->steps; step_++, a_ += 64, b0_ += TILE_BYTES, b1_ += TILE_BYTES) { \
+            _tile_loadd(4, a_, (block)->a_stride_bytes); \
+            _tile_loadd(6, b0_, 64); \
+            _tile_dpbsud(0, 4, 6); \
+            _tile_loadd(7, b1_, 64); \
+            _tile_dpbsud(1, 4, 7); \
+        } \
+    } while (0)
+
 /* out += C * scale of the tokens; C is int32. */
 KT_INLINE void add_scaled(const int32_t *c, const float *scale, size_t first, float *out, size_t out_stride) {
     KT_UNROLL for (size_t t = 0; t < TILE; t++) {
@@ -117,8 +154,8 @@ static void dot(const kt_dot *dot) {
                         _tile_zero(1);
                         _tile_zero(2);
                         _tile_zero(3);
-                        if (half) BLOCK_1X2(_tile_dpbsud, &block);
-                        else BLOCK_2X2(_tile_dpbsud, &block);
+                        if (half) BLOCK_1X2(&block);
+                        else BLOCK_2X2(&block);
                         finish(&made[++number % 2], dot->out_stride);
                         *now = (sums){c, (*scales)[from / GROUP] + token, out, col + from == 0, half};
                         _tile_stored(0, c, 64);

@@ -1,6 +1,8 @@
 """The environment of every test, golden pages, hypothesis' profile, and the last lines of a run."""
 
+import io
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from ktcompile import cli
 from ktcompile.backends import native
 
 HERE = Path(__file__).parent
@@ -39,6 +42,22 @@ Golden = Callable[[str, str], None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/ from this run")
+
+
+@pytest.fixture
+def ktrans(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `ktrans ARGS` in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*args: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ktrans", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(cli, "err", cli.Console(stderr=True, highlight=False, width=200))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture

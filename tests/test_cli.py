@@ -1,6 +1,5 @@
 """The `ktrans` command as a person types it: what goes to stdout, to stderr, and the exit code."""
 
-import io
 import json
 import resource
 import subprocess
@@ -10,26 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ktcompile import cli
-
 DATA = Path(__file__).parent / "data"
 MACHINE = ("--gpu", "24G", "--ram", "512G")  # pages of a machine that is the same everywhere
-
-
-@pytest.fixture
-def ktrans(monkeypatch, capsys):
-    """Runs `ktrans ARGS` in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*args: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ktrans", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        monkeypatch.setattr(cli, "err", cli.Console(stderr=True, highlight=False, width=200))
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def test_chat_prints_the_answer_alone_and_statistics_beside_it(ktrans):

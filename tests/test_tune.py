@@ -1,13 +1,10 @@
 """`ktrans tune`: what follows from measured times, the file it writes, and where it declines."""
 
-import sys
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from native.report import ran
 
-from ktcompile import cli
 from ktcompile.backends import native, tune
 from ktcompile.backends.tile_tokens import shipped, tile_tokens, user_file
 
@@ -18,21 +15,6 @@ TINY = tune.Effort(hidden=256, width=256, weight_bytes=8 << 20, runs=1, tokens=(
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-
-@pytest.fixture
-def ktrans(monkeypatch, capsys):
-    """Runs `ktrans tune ARGS` in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ktrans", "tune", *args])
-        monkeypatch.setattr(cli, "err", cli.Console(stderr=True, highlight=False, width=400))
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def crossing(streamed: list[float], tiled: list[float]) -> tune.Crossing:
@@ -65,7 +47,7 @@ def test_where_times_are_clean_it_is_the_first_count_at_which_tiles_are_faster(f
 def test_tune_measures_here_and_the_next_load_uses_it(ktrans, monkeypatch):
     """Where tiles run; elsewhere the same command is what the next test is about, and the summary says so."""
     monkeypatch.setattr(tune, "QUICK", TINY)
-    code, out, err = ktrans("--quick", "--types", "q4_k,int8_row", "--threads", "1")
+    code, out, err = ktrans("tune", "--quick", "--types", "q4_k,int8_row", "--threads", "1")
     if not TILES:
         for isa in shipped():
             ran(isa, native.isas()[isa] or "native")
@@ -89,7 +71,7 @@ def test_tune_measures_here_and_the_next_load_uses_it(ktrans, monkeypatch):
 def test_without_tiles_it_says_so_and_writes_nothing(ktrans, monkeypatch):
     missing = dict.fromkeys(native.isas(), "the CPU has no amx_tile")
     monkeypatch.setattr(native, "isas", lambda: missing)
-    code, out, err = ktrans("--quick")
+    code, out, err = ktrans("tune", "--quick")
     assert code == 2 and not out and not user_file().exists()
     assert err == (
         "ktrans: nothing to tune: no instruction set with tiles runs here (amx: the CPU has no amx_tile; "
@@ -100,7 +82,7 @@ def test_without_tiles_it_says_so_and_writes_nothing(ktrans, monkeypatch):
 @pytest.mark.parametrize("name", ["q9", "f32", ""])
 def test_a_type_that_no_tiles_take(ktrans, monkeypatch, name):
     monkeypatch.setattr(native, "isas", lambda: dict.fromkeys(native.FAMILY))
-    code, _, err = ktrans("--types", f"q4_k,{name}")
+    code, _, err = ktrans("tune", "--types", f"q4_k,{name}")
     assert code == 2 and not user_file().exists()
     assert f"no tiles for weights of type '{name}'; amx and amx_int8 take bf16, q8_0" in err
 
@@ -108,7 +90,7 @@ def test_a_type_that_no_tiles_take(ktrans, monkeypatch, name):
 def test_experts_that_do_not_fit_the_memory(ktrans, monkeypatch):
     monkeypatch.setattr(native, "isas", lambda: dict.fromkeys(native.FAMILY))
     monkeypatch.setattr(tune, "memory", lambda: 1 << 30)
-    code, _, err = ktrans("--types", "bf16", "--threads", "1")
+    code, _, err = ktrans("tune", "--types", "bf16", "--threads", "1")
     assert code == 2 and not user_file().exists()
     assert "16 experts of bf16 are 1.3 GiB, more than a quarter of this machine's 1.0 GiB; --quick takes" in err
 
@@ -117,5 +99,5 @@ def test_a_folder_that_cannot_be_written(ktrans, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(tune, "_pairs", lambda types: [])
-    code, _, err = ktrans()
+    code, _, err = ktrans("tune")
     assert code == 2 and "cannot write" in err and "XDG_CACHE_HOME" in err

@@ -1,4 +1,4 @@
-/* act(gate) * up, without branches, so that the compiler turns the loop into vectors of the including file's target. */
+/* Loops over the rows of a result. act(gate) * up, without branches, so that the compiler turns the loop into vectors of the including file's target. */
 #include <math.h>
 
 #include "internal.h"
@@ -41,4 +41,8 @@ KT_INLINE void activate_all(const kt_moe *moe, float *restrict gate, const float
             gate[i] = g / (1 + activate_exp(-alpha * g)) * (u + 1);
         }
     }
+}
+
+KT_INLINE void accumulate_all(float *restrict to, const float *restrict more, float score, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] += score * more[i];
 }

@@ -10,6 +10,7 @@ enum {
     KT_SPAN = 32,          /* columns of a span: activations are prepared, and codes stored, 32 at a time */
     KT_TOKENS = 256,       /* tokens of one kt_dot at most */
     KT_ALIGN = 64,
+    KT_TILE_ROWS = 512,    /* rows of one kt_dot by tiles at most, of all its matrices, and rounded up to 32 of each */
 };
 
 #define KT_INLINE static inline __attribute__((always_inline))
@@ -209,15 +210,20 @@ KT_INLINE const uint8_t *kt_act_row(const kt_dot *dot, size_t token) {
     return dot->acts + (dot->index ? (size_t)dot->index[token] : token) * dot->act_stride_bytes;
 }
 
+/* What a prepared row is for: experts whose weights stream past a few tokens, and experts by tiles. */
+enum { KT_FEW = 1, KT_TILES = 2 };
+
 /* What an instruction set is. A row of prepared activations is act_bytes(cols); it is filled in whole spans. */
 typedef struct kt_kernels {
     unsigned types;                                            /* bit kt_type: it takes these weights */
     size_t (*act_bytes)(size_t cols);
     size_t (*panel_bytes)(void);
-    /* Columns [first, first + n) of a row of `cols`, zeros up to a whole span; first is a multiple of KT_SPAN. */
-    void (*prepare)(const float *src, size_t first, size_t n, size_t cols, uint8_t *row);
+    /* Columns [first, first + n) of a row of `cols`, zeros up to a whole span; first is a multiple of KT_SPAN. `uses`: bits KT_FEW, KT_TILES. */
+    void (*prepare)(const float *src, size_t first, size_t n, size_t cols, int uses, uint8_t *row);
     /* gate = act(gate) * up */
     void (*activate)(const kt_moe *moe, float *gate, const float *up, size_t n);
+    /* to += score * more */
+    void (*accumulate)(float *to, const float *more, float score, size_t n);
     void (*dot)(const kt_dot *dot);
     void (*end)(void);                                         /* once a thread and run, last; may be null */
 } kt_kernels;
@@ -234,14 +240,15 @@ void kt_dot_avx512_vnni(const kt_dot *dot);   /* for avx512_bf16 and amx_int8 */
 void kt_dot_avx512_bf16(const kt_dot *dot);   /* for amx: few tokens */
 /* A prepared row of int16: [cols] as moe_avx512_vnni.c says, the scale of each 32, the sum of each 16 times its scale, of each 32. */
 size_t kt_act_bytes_int16(size_t cols);
-void kt_prepare_int16(const float *src, size_t first, size_t n, size_t cols, uint8_t *row);
-/* One of bf16: that, and then bf16 [cols] in the order of kt_bf16_column. */
+void kt_prepare_int16(const float *src, size_t first, size_t n, size_t cols, int uses, uint8_t *row);
+/* One of bf16: that, for few tokens only, and then bf16 [cols] in the order of kt_bf16_column. */
 size_t kt_act_bytes_bf16(size_t cols);
-void kt_prepare_bf16(const float *src, size_t first, size_t n, size_t cols, uint8_t *row);
+void kt_prepare_bf16(const float *src, size_t first, size_t n, size_t cols, int uses, uint8_t *row);
 void kt_activate_avx512(const kt_moe *moe, float *gate, const float *up, size_t n);
+void kt_accumulate_avx512(float *to, const float *more, float score, size_t n);
 #endif
 /* A prepared row of floats: [cols] and then the sum of each 16; zeros past cols. */
 size_t kt_act_bytes_f32(size_t cols);
-void kt_prepare_f32(const float *src, size_t first, size_t n, size_t cols, uint8_t *row);
+void kt_prepare_f32(const float *src, size_t first, size_t n, size_t cols, int uses, uint8_t *row);
 
 #endif

@@ -20,6 +20,8 @@
 enum {
     PHASES = 3,
     ROWS_FEW = 64,       /* rows a task where weights are streamed: many tasks, each a long stream */
+    ENDING = 2,          /* so many of those tasks a thread are taken in parts, the last ones: then threads end together */
+    PARTS = ROWS_FEW / KT_SPAN,
     ROWS_TILES = 256,    /* where tiles are filled: a task's tokens are gathered once */
     RUN = 16,            /* experts a task of phase 2, where tiles are filled: their h stays in the third-level cache */
     ALONE_TOKENS = 8,    /* a call of so few tokens streams: a token's result is then the same to the bit alone and with others */
@@ -35,7 +37,7 @@ typedef struct {
     const int64_t *ids;
     float *y;
     size_t n_active, n_tiles;   /* experts in use; the first ones of `order` that are computed by tiles */
-    size_t rows_hidden, run;
+    size_t run;
     int x_is_prepared;
     /* in scratch */
     int32_t *first_slot;   /* [E + 1] */
@@ -133,7 +135,7 @@ static int lay_out(run *r, uint8_t *base) {
     r->active = (int32_t *)(void *)(base + reserve(&at, moe->experts, sizeof(int32_t)));
     r->slot_token = (int32_t *)(void *)(base + reserve(&at, slots, sizeof(int32_t)));
     r->slot_score = (float *)(void *)(base + reserve(&at, slots, sizeof(float)));
-    r->done = (atomic_size_t *)(void *)(base + reserve(&at, moe->hidden / ROWS_FEW + 1, sizeof(atomic_size_t)));
+    r->done = (atomic_size_t *)(void *)(base + reserve(&at, moe->hidden / KT_SPAN + 1, sizeof(atomic_size_t)));
     r->x_rows = base + reserve(&at, r->n_tokens, r->x_stride_bytes);
     r->h_rows = base + reserve(&at, slots + 2 * KT_ROWS, r->h_stride_bytes);   /* tiles read rows past an expert's last */
     r->threads = base + reserve(&at, kt_pool_threads(r->pool), r->thread_bytes);
@@ -181,31 +183,45 @@ static int by_tiles(const run *r, size_t e) {
 
 static void prepare_token(run *r, size_t token) {
     size_t hidden = r->moe->hidden;
-    r->kernels->prepare(r->x + token * hidden, 0, hidden, hidden, r->x_rows + token * r->x_stride_bytes);
-}
-
-static void add(float *to, const float *more, size_t n) {
-    for (size_t i = 0; more && i < n; i++) to[i] += more[i];
+    int uses = (r->n_tiles ? KT_TILES : 0) | (r->n_tiles < r->n_active ? KT_FEW : 0);
+    r->kernels->prepare(r->x + token * hidden, 0, hidden, hidden, uses, r->x_rows + token * r->x_stride_bytes);
 }
 
 static size_t blocks_of(size_t rows, size_t block) { return (rows + block - 1) / block; }
+
+/* Blocks of ROWS_FEW rows as tasks: whole ones, and the last ones in parts. */
+static size_t whole_tasks(const run *r, size_t blocks) {
+    size_t ending = ENDING * kt_pool_threads(r->pool);
+    return blocks > ending ? blocks - ending : 0;
+}
+static size_t few_tasks(const run *r, size_t blocks) { return whole_tasks(r, blocks) + (blocks - whole_tasks(r, blocks)) * PARTS; }
+/* The first row of a task, counted from the first block on; its rows. */
+static size_t few_rows(const run *r, size_t blocks, size_t task, size_t *rows) {
+    size_t whole = whole_tasks(r, blocks);
+    *rows = task < whole ? ROWS_FEW : KT_SPAN;
+    return task < whole ? task * ROWS_FEW : whole * ROWS_FEW + (task - whole) * KT_SPAN;
+}
 
 /* h[slots of expert e, rows] */
 static void gate_up_task(run *r, size_t task, float *out, uint8_t *panel) {
     const kt_moe *moe = r->moe;
     size_t wide_blocks = blocks_of(moe->width, ROWS_TILES), few_blocks = blocks_of(moe->width, ROWS_FEW);
-    int tiles = task < r->n_tiles * wide_blocks;
-    if (!tiles) task -= r->n_tiles * wide_blocks;
-    size_t blocks = tiles ? wide_blocks : few_blocks, block_rows = tiles ? ROWS_TILES : ROWS_FEW;
-    size_t e = (size_t)r->order[(tiles ? 0 : r->n_tiles) + task / blocks], row = task % blocks * block_rows;
-    size_t rows = moe->width - row < block_rows ? moe->width - row : block_rows;
+    size_t at = task / wide_blocks, row = task % wide_blocks * ROWS_TILES, rows = ROWS_TILES;
+    int tiles = at < r->n_tiles;
+    if (!tiles) {
+        row = few_rows(r, (r->n_active - r->n_tiles) * few_blocks, task - r->n_tiles * wide_blocks, &rows);
+        at = r->n_tiles + row / (few_blocks * ROWS_FEW), row %= few_blocks * ROWS_FEW;
+    }
+    if (row >= moe->width) return;
+    if (rows > moe->width - row) rows = moe->width - row;
+    size_t e = (size_t)r->order[at];
     size_t gate_group = kt_group_bytes(moe->gate_type, moe->hidden), up_group = kt_group_bytes(moe->up_type, moe->hidden);
     kt_dot dot = {
         .n_matrices = 2, .n_groups = kt_groups(rows), .cols = moe->hidden, .few = !tiles,
         .type = {moe->gate_type, moe->up_type},
         .w = {(const uint8_t *)moe->gate + e * moe->gate_stride_bytes + row / KT_ROWS * gate_group,
               (const uint8_t *)moe->up + e * moe->up_stride_bytes + row / KT_ROWS * up_group},
-        .group_bytes = {gate_group, up_group}, .out = {out, out + block_rows}, .out_stride = OUT_STRIDE,
+        .group_bytes = {gate_group, up_group}, .out = {out, out + ROWS_TILES}, .out_stride = OUT_STRIDE,
         .acts = r->x_rows, .act_stride_bytes = r->x_stride_bytes, .panel = panel,
     };
     const float *gate_bias = moe->gate_bias ? moe->gate_bias + e * moe->width + row : NULL;
@@ -217,19 +233,21 @@ static void gate_up_task(run *r, size_t task, float *out, uint8_t *panel) {
         r->kernels->dot(&dot);
         for (size_t t = 0; t < dot.n_tokens; t++) {
             float *gate = dot.out[0] + t * OUT_STRIDE, *up = dot.out[1] + t * OUT_STRIDE;
-            add(gate, gate_bias, rows);
-            add(up, up_bias, rows);
+            if (gate_bias) r->kernels->accumulate(gate, gate_bias, 1, rows);
+            if (up_bias) r->kernels->accumulate(up, up_bias, 1, rows);
             r->kernels->activate(moe, gate, up, rows);
-            r->kernels->prepare(gate, row, rows, moe->width, r->h_rows + (slot + t) * r->h_stride_bytes);
+            r->kernels->prepare(gate, row, rows, moe->width, tiles ? KT_TILES : KT_FEW, r->h_rows + (slot + t) * r->h_stride_bytes);
         }
     }
 }
 
-/* y[all tokens, rows], of one run of experts */
+/* y[all tokens, rows], of one run of experts; without tiles there is one */
 static void down_task(run *r, size_t task, float *out, uint8_t *panel) {
     const kt_moe *moe = r->moe;
-    size_t blocks = blocks_of(moe->hidden, r->rows_hidden), block = task % blocks, turn = task / blocks, row = block * r->rows_hidden;
-    size_t rows = moe->hidden - row < r->rows_hidden ? moe->hidden - row : r->rows_hidden;
+    size_t blocks = blocks_of(moe->hidden, ROWS_TILES), block = task % blocks, turn = task / blocks, row = block * ROWS_TILES, rows = ROWS_TILES;
+    if (!r->n_tiles) turn = 0, row = few_rows(r, blocks_of(moe->hidden, ROWS_FEW), task, &rows), block = row / KT_SPAN;
+    if (row >= moe->hidden) return;
+    if (rows > moe->hidden - row) rows = moe->hidden - row;
     size_t group = kt_group_bytes(moe->down_type, moe->width);
     /* The run before was taken as many tasks ago as there are blocks: it is nearly always done. */
     while (atomic_load_explicit(&r->done[block], memory_order_acquire) != turn) sched_yield();
@@ -249,9 +267,9 @@ static void down_task(run *r, size_t task, float *out, uint8_t *panel) {
             };
             r->kernels->dot(&dot);
             for (size_t t = 0; t < dot.n_tokens; t++) {
-                float *y = r->y + (size_t)r->slot_token[slot + t] * moe->hidden + row, score = r->slot_score[slot + t];
-                add(out + t * OUT_STRIDE, bias, rows);
-                for (size_t i = 0; i < rows; i++) y[i] += score * out[t * OUT_STRIDE + i];
+                float *y = r->y + (size_t)r->slot_token[slot + t] * moe->hidden + row;
+                if (bias) r->kernels->accumulate(out + t * OUT_STRIDE, bias, 1, rows);
+                r->kernels->accumulate(y, out + t * OUT_STRIDE, r->slot_score[slot + t], rows);
             }
         }
     }
@@ -269,11 +287,11 @@ static void work(void *argument, size_t thread) {
         while ((task = take(r, 0)) < r->n_tokens) prepare_token(r, task);
         kt_pool_barrier(r->pool);
     }
-    size_t gate_up_tasks = r->n_tiles * blocks_of(width, ROWS_TILES) + (r->n_active - r->n_tiles) * blocks_of(width, ROWS_FEW);
+    size_t gate_up_tasks = r->n_tiles * blocks_of(width, ROWS_TILES) + few_tasks(r, (r->n_active - r->n_tiles) * blocks_of(width, ROWS_FEW));
     while ((task = take(r, 1)) < gate_up_tasks) gate_up_task(r, task, out, panel);
     kt_pool_barrier(r->pool);
     size_t turns = r->n_active ? blocks_of(r->n_active, r->run) : 1;   /* without experts one turn sets y to zero */
-    size_t down_tasks = turns * blocks_of(r->moe->hidden, r->rows_hidden);
+    size_t hidden = r->moe->hidden, down_tasks = r->n_tiles ? turns * blocks_of(hidden, ROWS_TILES) : few_tasks(r, blocks_of(hidden, ROWS_FEW));
     while ((task = take(r, 2)) < down_tasks) down_task(r, task, out, panel);
     if (r->kernels->end) r->kernels->end();
 }
@@ -302,9 +320,8 @@ int kt_moe_run(kt_pool *pool, const kt_moe *moe, int isa, size_t n_tokens, size_
     if ((status = check_ids(moe, ids, n_tokens, top_k))) return status;
     sort_slots(&r);
     while (r.n_tiles < r.n_active && by_tiles(&r, (size_t)r.order[r.n_tiles])) r.n_tiles++;
-    r.rows_hidden = r.n_tiles ? ROWS_TILES : ROWS_FEW;
     r.run = r.n_tiles ? RUN : r.n_active ? r.n_active : 1;
-    for (size_t b = 0; b < blocks_of(moe->hidden, r.rows_hidden); b++) atomic_init(&r.done[b], 0);
+    for (size_t b = 0; b < blocks_of(moe->hidden, KT_SPAN); b++) atomic_init(&r.done[b], 0);
     r.x_is_prepared = n_tokens <= ALONE_TOKENS;
     for (size_t t = 0; r.x_is_prepared && t < n_tokens; t++) prepare_token(&r, t);
     return kt_pool_run(pool, work, &r);

@@ -27,10 +27,11 @@ static size_t groups(size_t cols) { return (cols + GROUP - 1) / GROUP; }
 static size_t act_bytes(size_t cols) { return int8_at(cols) + kt_round_up(padded(cols) + 2 * groups(cols) * sizeof(float), KT_ALIGN); }
 
 /* A part of a group, as experts with few tokens prepare it, is never read as int8. */
-static void prepare(const float *src, size_t first, size_t n, size_t cols, uint8_t *row) {
+static void prepare(const float *src, size_t first, size_t n, size_t cols, int uses, uint8_t *row) {
     uint8_t *int8 = row + int8_at(cols);
     float *scales = scales_of(row, cols), *sums = scales + groups(cols);
-    kt_prepare_int16(src, first, n, cols, row);
+    if (uses & KT_FEW) kt_prepare_int16(src, first, n, cols, uses, row);
+    if (!(uses & KT_TILES)) return;
     for (size_t start = 0; start < n; start += GROUP) {
         size_t here = n - start < GROUP ? n - start : GROUP, at = first + start;
         if (here < GROUP && at + here != cols) return;
@@ -187,6 +188,6 @@ static void dot(const kt_dot *dot) {
 
 const kt_kernels kt_kernels_amx_int8 = {
     .types = KT_BIT(KT_INT8), .act_bytes = act_bytes, .panel_bytes = panel_bytes,
-    .prepare = prepare, .activate = kt_activate_avx512, .dot = dot, .end = end,
+    .prepare = prepare, .activate = kt_activate_avx512, .accumulate = kt_accumulate_avx512, .dot = dot, .end = end,
 };
 #endif

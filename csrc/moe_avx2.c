@@ -21,11 +21,12 @@ enum { TAKES = KT_ALL_TYPES };
 #include "float_lanes.h"
 
 static void activate(const kt_moe *moe, float *gate, const float *up, size_t n) { activate_all(moe, gate, up, n); }
+static void accumulate(float *to, const float *more, float score, size_t n) { accumulate_all(to, more, score, n); }
 
 static size_t panel_bytes(void) { return 0; }
 
 const kt_kernels kt_kernels_avx2 = {
     .types = TAKES, .act_bytes = kt_act_bytes_f32, .panel_bytes = panel_bytes,
-    .prepare = kt_prepare_f32, .activate = activate, .dot = dot_few,
+    .prepare = kt_prepare_f32, .activate = activate, .accumulate = accumulate, .dot = dot_few,
 };
 #endif

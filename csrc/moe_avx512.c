@@ -17,11 +17,12 @@ void kt_expand_scales_avx512(int type, const uint8_t *scales, size_t first, size
 }
 
 void kt_activate_avx512(const kt_moe *moe, float *gate, const float *up, size_t n) { activate_all(moe, gate, up, n); }
+void kt_accumulate_avx512(float *to, const float *more, float score, size_t n) { accumulate_all(to, more, score, n); }
 
 static size_t panel_bytes(void) { return 0; }
 
 const kt_kernels kt_kernels_avx512 = {
     .types = TAKES, .act_bytes = kt_act_bytes_f32, .panel_bytes = panel_bytes,
-    .prepare = kt_prepare_f32, .activate = kt_activate_avx512, .dot = dot_few,
+    .prepare = kt_prepare_f32, .activate = kt_activate_avx512, .accumulate = kt_accumulate_avx512, .dot = dot_few,
 };
 #endif

@@ -54,10 +54,10 @@ KT_INLINE void span_products(const int type, const uint8_t *span, const int run,
 
 size_t kt_act_bytes_bf16(size_t cols) { return kt_act_bytes_int16(cols) + kt_round_up(kt_spans(cols) * KT_SPAN * 2, KT_ALIGN); }
 
-void kt_prepare_bf16(const float *src, size_t first, size_t n, size_t cols, uint8_t *row) {
+void kt_prepare_bf16(const float *src, size_t first, size_t n, size_t cols, int uses, uint8_t *row) {
     const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
     uint8_t *to = row + kt_act_bytes_int16(cols) + 2 * first;
-    kt_prepare_int16(src, first, n, cols, row);
+    if (uses & KT_FEW) kt_prepare_int16(src, first, n, cols, uses, row);
     for (size_t i = 0; i < kt_spans(n) * KT_SPAN; i += 16) {
         size_t here = n > i ? n - i : 0;
         __mmask16 mask = here >= 16 ? 0xffff : (__mmask16)((1u << here) - 1);
@@ -80,8 +80,11 @@ void kt_dot_avx512_bf16(const kt_dot *dot) {
 
 static size_t panel_bytes(void) { return 0; }
 
+/* Without tiles every expert streams. */
+static void prepare(const float *src, size_t first, size_t n, size_t cols, int uses, uint8_t *row) { kt_prepare_bf16(src, first, n, cols, KT_FEW, row); }
+
 const kt_kernels kt_kernels_avx512_bf16 = {
     .types = KT_ALL_TYPES & ~KT_BIT(KT_F32), .act_bytes = kt_act_bytes_bf16, .panel_bytes = panel_bytes,
-    .prepare = kt_prepare_bf16, .activate = kt_activate_avx512, .dot = kt_dot_avx512_bf16,
+    .prepare = prepare, .activate = kt_activate_avx512, .accumulate = kt_accumulate_avx512, .dot = kt_dot_avx512_bf16,
 };
 #endif

@@ -54,7 +54,7 @@ size_t kt_act_bytes_int16(size_t cols) {
 
 #define MOST 32639.0f   /* 127 * 256 + 127 */
 
-void kt_prepare_int16(const float *src, size_t first, size_t n, size_t cols, uint8_t *row) {
+void kt_prepare_int16(const float *src, size_t first, size_t n, size_t cols, int uses, uint8_t *row) {
     float *scales = (float *)(void *)(row + kt_spans(cols) * KT_SPAN * 2), *sums = scales + kt_spans(cols);
     for (size_t i = 0; i < n; i += KT_SPAN) {
         uint32_t mask = n - i < KT_SPAN ? (1u << (n - i)) - 1 : ~0u;
@@ -82,6 +82,6 @@ static size_t panel_bytes(void) { return 0; }
 
 const kt_kernels kt_kernels_avx512_vnni = {
     .types = TAKES, .act_bytes = kt_act_bytes_int16, .panel_bytes = panel_bytes,
-    .prepare = kt_prepare_int16, .activate = kt_activate_avx512, .dot = kt_dot_avx512_vnni,
+    .prepare = kt_prepare_int16, .activate = kt_activate_avx512, .accumulate = kt_accumulate_avx512, .dot = kt_dot_avx512_vnni,
 };
 #endif

@@ -18,7 +18,7 @@ size_t kt_act_bytes_f32(size_t cols) {
     return kt_round_up((padded + padded / 16) * sizeof(float), KT_ALIGN);
 }
 
-void kt_prepare_f32(const float *src, size_t first, size_t n, size_t cols, uint8_t *row) {
+void kt_prepare_f32(const float *src, size_t first, size_t n, size_t cols, int uses, uint8_t *row) {
     float *to = (float *)row + first, *sums = (float *)row + kt_spans(cols) * KT_SPAN + first / 16;
     size_t padded = kt_spans(n) * KT_SPAN;
     memcpy(to, src, n * sizeof(float));
@@ -35,6 +35,10 @@ static float activation(int kind, float v) {
     case KT_GELU: return 0.5f * v * (1 + erff(v * 0.70710678f));
     default: return 0.5f * v * (1 + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
     }
+}
+
+static void accumulate(float *to, const float *more, float score, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] += score * more[i];
 }
 
 static void activate(const kt_moe *moe, float *gate, const float *up, size_t n) {
@@ -73,5 +77,5 @@ static void dot(const kt_dot *dot) {
 
 const kt_kernels kt_kernels_scalar = {
     .types = KT_ALL_TYPES, .act_bytes = kt_act_bytes_f32, .panel_bytes = panel_bytes,
-    .prepare = kt_prepare_f32, .activate = activate, .dot = dot,
+    .prepare = kt_prepare_f32, .activate = activate, .accumulate = accumulate, .dot = dot,
 };

@@ -9,7 +9,7 @@
 #include "lanes.h"
 #include "tiles.h"
 
-enum { STRIP = 256, STRIP_SPANS = STRIP / KT_SPAN, SPANS_AHEAD = 32 };
+enum { STRIP_SPANS = STRIP / KT_SPAN, SPANS_AHEAD = 32 };
 
 /* 2^-exponent of the bound: rows times this are below 2. */
 KT_INLINE __m512 row_factor(const uint8_t *bound) {

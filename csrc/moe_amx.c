@@ -18,20 +18,10 @@
 
 enum {
     ITEM_COLUMN_BYTES = 2 * BLOCK,
-    PANEL_BYTES = 640 << 10,
-    C_TILE = TILE * TILE, C_BLOCK = 4 * C_TILE,           /* floats: [2 halves of 32 tokens][2 groups of rows][16][16] */
-    C_BYTES = KT_TOKENS * KT_TILE_ROWS * sizeof(float),
-    SHORT_BLOCKS = 4,                                     /* with fewer blocks than these, items are short */
+    SHORT_BLOCKS = 4,   /* with fewer blocks than these, items are short */
 };
 
-/* Columns of a panel: so many that the tokens' and two items' weights fill a third of a second-level cache of 2 MiB, which two
- * threads may share. */
-static size_t panel_cols(size_t n_tokens, size_t cols) {
-    size_t weight_bytes = n_tokens > BLOCK ? 2 * ITEM_COLUMN_BYTES : 0, column_bytes = 2 * kt_round_up(n_tokens, BLOCK) + weight_bytes;
-    size_t most = PANEL_BYTES / column_bytes / STRIP * STRIP;
-    size_t panels = (cols + most - 1) / most;
-    return kt_round_up((cols + panels - 1) / panels, STRIP);
-}
+static size_t column_bytes(size_t n_tokens) { return 2 * kt_round_up(n_tokens, BLOCK) + (n_tokens > BLOCK ? 2 * ITEM_COLUMN_BYTES : 0); }
 static size_t panel_bytes(void) { return C_BYTES + PANEL_BYTES + 2 * STRIP * ITEM_COLUMN_BYTES + (KT_TOKENS + BLOCK) * KT_ALIGN; }
 
 /* All tokens' blocks with one item. */
@@ -137,26 +127,6 @@ static void scale_back(const kt_dot *dot, size_t m, const float *c) {
     }
 }
 
-/* Where an item is: panels outermost, then matrices, pairs of groups, and a pair's items. */
-typedef struct { size_t panel, m, g, first; } place;
-
-static int following(const kt_dot *dot, size_t width, size_t item_cols, place *p) {
-    size_t end = p->panel + width < dot->cols ? p->panel + width : dot->cols;
-    if ((p->first += item_cols) < end) return 1;
-    p->first = p->panel;
-    if ((p->g += 2) < dot->n_groups) return 1;
-    p->g = 0;
-    if (++p->m < dot->n_matrices) return 1;
-    p->m = 0;
-    p->first = p->panel += width;
-    return p->panel < dot->cols;
-}
-
-static const uint8_t *codes_of(const kt_dot *dot, const place *p, int second) {
-    size_t g = second && dot->n_groups - p->g > 1 ? p->g + 1 : p->g;   /* without a second group its results are not wanted */
-    return dot->w[p->m] + g * dot->group_bytes[p->m];
-}
-
 static void open_item(filling *f, const kt_dot *dot, const place *p, size_t width, size_t item_cols, uint8_t *tiles) {
     place after = *p;
     f->type = dot->type[p->m], f->at = 0, f->all_cols = dot->cols, f->first = p->first, f->tiles = tiles;
@@ -165,9 +135,9 @@ static void open_item(filling *f, const kt_dot *dot, const place *p, size_t widt
     f->last = kt_spans(f->last) * KT_SPAN;
     if (!following(dot, width, width, &after)) after = *p;
     for (int second = 0; second < 2; second++) {
-        f->group[second] = codes_of(dot, p, second);
+        f->group[second] = group_of(dot, p, second);
         const int type = dot->type[after.m];
-        const uint8_t *group = codes_of(dot, &after, second);
+        const uint8_t *group = group_of(dot, &after, second);
         f->after[second].codes = group + after.panel / KT_SPAN * kt_span_bytes(type);
         f->after[second].scales = group + kt_codes_bytes(type, dot->cols) + after.panel / kt_scale_columns(type) * kt_scale_unit_bytes(type);
         f->after[second].bound = group + dot->group_bytes[after.m] - 64;
@@ -181,7 +151,7 @@ static void dot(const kt_dot *dot) {
     }
     begin();
     const int alone = dot->n_tokens <= BLOCK;
-    const size_t blocks = (dot->n_tokens + BLOCK - 1) / BLOCK, width = panel_cols(dot->n_tokens, dot->cols), item_cols = blocks < SHORT_BLOCKS ? STRIP : width;
+    const size_t blocks = (dot->n_tokens + BLOCK - 1) / BLOCK, width = panel_cols(column_bytes(dot->n_tokens), STRIP, dot->cols), item_cols = blocks < SHORT_BLOCKS ? STRIP : width;
     const size_t b_bytes = item_cols * ITEM_COLUMN_BYTES, first_byte = kt_act_bytes_int16(dot->cols);
     uint8_t *b_tiles = dot->panel + C_BYTES, *a_rows = b_tiles + 2 * b_bytes;
     float *c = (float *)(void *)dot->panel;

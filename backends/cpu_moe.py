@@ -1,6 +1,5 @@
 """Routed experts on the CPU through csrc/: one kernel an instruction set, all of them over one packed layout."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -14,7 +13,7 @@ from ktcompile.backends import native
 from ktcompile.backends.reference import plain_cost
 from ktcompile.backends.tile_tokens import tile_tokens
 from ktcompile.ops.moe import PARAMETERS, MoeShape
-from ktcompile.target import cpu_features
+from ktcompile.target import cpu_features, default_threads
 from ktcompile.weights import Part, WeightSource, decode, each, pieces, values
 from ktcompile.weights.source import NATURAL_DTYPES
 
@@ -157,7 +156,7 @@ class CpuMoe(Kernel):
         return Packed(
             self.layout,
             tensors,
-            (by_isa, shared_pool(target[region.home or ""].threads or len(os.sched_getaffinity(0)))),
+            (by_isa, shared_pool(target[region.home or ""].threads or default_threads())),
         )
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:

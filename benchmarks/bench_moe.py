@@ -8,7 +8,6 @@ from the second-level cache in the best order, where there are tiles. `bound_ms`
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -202,7 +201,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["q4_k"], help="a type, or gate,up,down of different types")
     parser.add_argument("--isas", nargs="+", help="default: the best exact one, or the best that takes the type")
     parser.add_argument("--tile-tokens", type=int, help="default: the table of `ktrans tune`")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=target.default_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="a case")
     parser.add_argument("--vs", choices=["torch"], help="also time torch on the same shapes")
     parser.add_argument("--pack", nargs="*", default=[], choices=native.TYPES, help="also time packing these types")

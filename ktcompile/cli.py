@@ -69,7 +69,9 @@ ContextSize = Annotated[
     int | None,
     typer.Option("--context", help="Most tokens of prompt and answers. Default: 4096, or what the model can."),
 ]
-Threads = Annotated[int | None, typer.Option("--cpu-threads", help="CPU threads. Default: all this process may use.")]
+Threads = Annotated[
+    int | None, typer.Option("--cpu-threads", help="CPU threads. Default: all cores, from 8 on all but one.")
+]
 
 
 @contextmanager
@@ -449,15 +451,16 @@ def tune(
         str | None, typer.Option(help="Storage types of experts, as q4_k,bf16. Default: all that tiles take.")
     ] = None,
     cpu_threads: Annotated[
-        int | None, typer.Option("--threads", "--cpu-threads", help="CPU threads. Default: all this process may use.")
+        int | None,
+        typer.Option("--threads", "--cpu-threads", help="CPU threads. Default: all cores, from 8 on all but one."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller experts, fewer runs: a rough answer, soon.")] = False,
 ) -> None:
     """Measure here from how many tokens on an expert is faster by tiles (AMX), for this user's later starts."""
     from ktcompile.errors import KernelError
-    from ktcompile.target import detect
+    from ktcompile.target import default_threads, detect
 
-    threads = detect(cpu_threads).host.threads or len(os.sched_getaffinity(0))
+    threads = detect(cpu_threads).host.threads or default_threads()
     wanted = [t.strip() for t in types.split(",")] if types is not None else None
     tuners = sorted(metadata.entry_points(group="ktcompile.tuners"), key=lambda e: e.name)
     if not tuners:

@@ -1,6 +1,5 @@
 """From a model file to a compiled model, and to its plan without one."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_p
 from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Store, check_one_layout, lower
-from ktcompile.target import Target, detect
+from ktcompile.target import Target, default_threads, detect
 from ktcompile.weights import ImaginedSource, MixedSource, ModuleSource, WeightSource
 
 Phase = Literal["prefill", "decode"]
@@ -413,7 +412,7 @@ def torch_threads(plan: Plan, target: Target) -> int:
     torch's threads wait for each other spinning; on a busy machine each wait can cost a whole tick of the scheduler.
     """
     largest = max((r.nbytes for r in plan.rows if r.kernel == "reference" and r.device == target.host.name), default=0)
-    return 1 if largest < SMALL_BYTES else target.host.threads or len(os.sched_getaffinity(0))
+    return 1 if largest < SMALL_BYTES else target.host.threads or default_threads()
 
 
 def _pool_devices(gm: fx.GraphModule, target: Target) -> list[torch.device]:

@@ -144,8 +144,18 @@ def _read_bandwidth() -> float:
     return data.nbytes / min(times)
 
 
+def default_threads() -> int:
+    """Threads for the experts' kernels: the cores this process may use; of 8 and more one is left free.
+
+    The system, the GPU's driver and Python run there. Where they interrupt one of the kernels' threads, the
+    others wait: with 16 of 16 cores one token was 8 % slower than with 15, and 4096 were 5 % slower (docs/design.md).
+    """
+    most = len(os.sched_getaffinity(0))
+    return most if most < 8 else most - 1
+
+
 def detect(threads: int | None = None) -> Target:
-    """The machine this runs on: its GPUs, if torch sees any, and its CPU, with `threads` of it (default: all)."""
+    """The machine this runs on: its GPUs, if torch sees any, and its CPU; `threads` of it, or 0: `default_threads`."""
     most = len(os.sched_getaffinity(0))
     if threads is not None and not 1 <= threads <= most:
         raise RulesError(f"{threads} CPU threads: this process may use 1 to {most}")

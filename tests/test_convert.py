@@ -463,8 +463,12 @@ def test_ctrl_c_leaves_nothing_and_the_old_file_as_it_was(tmp_path: Path, name: 
         seen.append(tensor)
 
     threads = torch.get_num_threads()
-    with pytest.raises(KeyboardInterrupt):
-        converted(open_checkpoint(), tmp_path / name, to, force=True, progress=progress)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            converted(open_checkpoint(), tmp_path / name, to, force=True, progress=progress)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert os.listdir(tmp_path) == before
     assert torch.get_num_threads() == threads
     assert all((tmp_path / n).read_text() == "mine" for n in before)

@@ -12,6 +12,7 @@ from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_o
 from ktcompile.backends import native
 from ktcompile.backends.reference import plain_cost
 from ktcompile.backends.tile_tokens import tile_tokens
+from ktcompile.kernel import Prepared
 from ktcompile.ops.moe import PARAMETERS, MoeShape
 from ktcompile.target import cpu_features, default_threads
 from ktcompile.weights import Part, WeightSource, decode, each, pieces, values
@@ -158,6 +159,15 @@ class CpuMoe(Kernel):
             tensors,
             (by_isa, shared_pool(target[region.home or ""].threads or default_threads())),
         )
+
+    def prepare(self, packed: Packed, tokens: int, top_k: int, pinned: bool) -> Prepared | None:
+        by_isa, pool = packed.shape
+        weights = by_isa[self.isa]
+        x, y = (torch.zeros(tokens, weights.hidden, pin_memory=pinned) for _ in range(2))
+        ids = torch.zeros(tokens, top_k, dtype=torch.int64, pin_memory=pinned)
+        ids += torch.arange(top_k)
+        scores = torch.zeros(tokens, top_k, pin_memory=pinned)
+        return native.Submission(pool, self.isa, weights, x, ids, scores, y)
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
         x, ids, scores = inputs
@@ -307,7 +317,7 @@ class Amx(CpuMoe):
 
 
 class AmxInt8(CpuMoe):
-    """AMX tiles in int8, for int8 weights; activations in 8 bits, a scale for 256. Lossy: only if a rules file asks."""
+    """AMX tiles in int8, for int8 weights; activations in 8 bits, in groups of up to 1024. Lossy: only if asked."""
 
     name = isa = "amx_int8"
     lossy = "experts' activations in 8 bits (amx_int8)"

@@ -135,7 +135,16 @@ class Pool:
         self._pid = os.getpid()
         self._turn = threading.Lock()
         self._scratch = empty(0)
+        self._driver_scratch = empty(0)
         self._finalizer = weakref.finalize(self, _native().lib.kt_pool_free, handle)
+
+    def rest(self, resting: bool) -> None:
+        """Whether the driver may sleep although submissions listen to flags; a flag is then seen once it may not.
+
+        While it may not, the other threads spin for 3 ms after each call, so that the next one finds them awake.
+        """
+        self._check()
+        _native().lib.kt_pool_rest(self._handle, resting)
 
     def close(self) -> None:
         """Joins the threads. A second call does nothing; a kernel on a closed pool raises ValueError."""
@@ -442,7 +451,7 @@ class Submission:
     """A call of `moe` on these tensors, prepared once, to be run again and again by the pool's driver.
 
     The caller writes to x, ids and scores, runs it, and reads `out`. A run is started by `submit`, by a flag
-    (`listen`), or from C (`host_functions`), and allocates nothing. It has scratch memory of its own: the pool may be
+    (`listen`), or from C (`host_functions`), and allocates nothing. Its scratch memory is the driver's: the pool may be
     used by others meanwhile. A run that fails leaves `out` alone; `wait` and `check` then raise what `moe` would have,
     of the first such run since the last time that they were asked. `close` ends it; so does the end of this object.
     """
@@ -464,10 +473,15 @@ class Submission:
         ffi, lib = _native().ffi, _native().lib
         self.out = _checked(isa, weights, x, ids, scores, out)
         pool._check()
-        self.pool, self._weights, self._ids = pool, weights, ids
+        self.pool, self.isa, self.inputs = pool, isa, (x, ids, scores)
+        self._weights, self._ids = weights, ids
         number = _ISAS.index(isa)
         tokens, top_k = ids.shape
-        scratch = empty(int(lib.kt_moe_scratch_bytes(pool._handle, weights._struct, number, tokens, top_k)))
+        # One for all of a pool: the driver runs them one after the other.
+        scratch_bytes = int(lib.kt_moe_scratch_bytes(pool._handle, weights._struct, number, tokens, top_k))
+        if pool._driver_scratch.numel() < scratch_bytes:
+            pool._driver_scratch = empty(scratch_bytes)
+        scratch = pool._driver_scratch
         call = self._call = ffi.new("kt_moe_arguments *")
         call.pool, call.moe, call.isa = pool._handle, weights._struct, number
         call.n_tokens, call.top_k = tokens, top_k
@@ -519,6 +533,10 @@ class Submission:
         if status:
             del self._flags[-2:]
         self._accept(status, "it is under way or listens to a flag: wait, or unlisten, first")
+
+    def rest(self, resting: bool) -> None:
+        """As `Pool.rest`."""
+        self.pool.rest(resting)
 
     def unlisten(self) -> None:
         """Leave the flags alone, after the run that may be under way. RuntimeError if it does not listen."""

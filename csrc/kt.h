@@ -164,11 +164,15 @@ void kt_task_wait(void *task);
 
 /* A doorbell: from now on, whenever *start is not 0, the driver writes 0 to it, runs the task, then writes 1 to *done
  * (release). Both may be in memory that a GPU writes and reads. The doorbells of a pool are polled in the order of
- * these calls, without a lock; while there is one the driver does not sleep (it yields where it may not spin). */
+ * these calls, without a lock; while there is one the driver does not sleep (it yields where it may not spin), unless
+ * it was told to rest. */
 int kt_pool_listen(kt_pool *pool, kt_task *task, volatile uint32_t *start, volatile uint32_t *done);
 /* Ends that; afterwards the driver touches neither task nor flags. Both wait for the driver's current task, and
  * return KT_BAD_ARGUMENT if called by the driver, or if the task was (not) listening. */
 int kt_pool_unlisten(kt_pool *pool, kt_task *task);
+/* Whoever rings doorbells says when: resting (not 0), the driver sleeps although it has some, and sees a ring once it
+ * wakes; then, told 0, it polls, and the workers spin 3 ms for the next job. A pool begins with neither: it polls. */
+int kt_pool_rest(kt_pool *pool, int resting);
 
 /* One layer's experts: where they lie and how they are stored. */
 typedef struct kt_moe {

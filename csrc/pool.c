@@ -12,7 +12,7 @@ struct kt_process kt_process;
 
 /* Past the spin, the missing thread computes or was preempted: yielding gives it this core. */
 static void spin_or_yield(const kt_pool *pool, const atomic_uint *word, unsigned value, int equal) {
-    while (!spin(pool->spin_limit, word, value, equal)) sched_yield();
+    while (!spin(pool->spin_limit, word, value, equal, SPIN_NS)) sched_yield();
 }
 
 void kt_pool_barrier(kt_pool *pool) {
@@ -30,7 +30,8 @@ static void *work_as(void *argument) {
     size_t thread = ((worker *)argument)->thread;
     atomic_fetch_add(&kt_process.awake, 1);
     for (unsigned seen = 0;; seen++) {
-        wait_for(&pool->job, seen, pool->spin_limit);
+        unsigned spin_ns = atomic_load_explicit(&pool->spin_ns, memory_order_relaxed);
+        wait_for(&pool->job, seen, pool->spin_limit, spin_ns);
         if (atomic_load_explicit(&pool->stop, memory_order_relaxed)) break;
         pool->work(pool->argument, thread);
         atomic_fetch_add_explicit(&pool->finished, 1, memory_order_release);
@@ -169,6 +170,7 @@ kt_pool *kt_pool_new_on(size_t n_threads, const int *cpus, const int *nodes) {
     memset(pool, 0, sizeof *pool);
     pool->n_threads = n_threads;
     pool->spin_limit = n_threads > n_cpus || shared ? 0 : n_cpus;
+    atomic_init(&pool->spin_ns, SPIN_NS);
     pool->forks = atomic_load(&kt_process.forks);
     pool->workers = calloc(n_threads, sizeof *pool->workers);
     pool->node_of = calloc(n_threads, sizeof *pool->node_of);

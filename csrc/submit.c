@@ -70,8 +70,8 @@ void *kt_drive(void *argument) {
         int served = serve_tasks(pool);
         if (serve_doorbells(pool) || served) continue;
         if (stop) break;
-        if (pool->doorbells) poll_again(limit);
-        else wait_for(&pool->bell, seen, limit);
+        if (pool->doorbells && !atomic_load(&pool->resting)) poll_again(limit);
+        else wait_for(&pool->bell, seen, limit, pool->doorbells ? LISTEN_NS : SPIN_NS);
     }
     atomic_fetch_sub(&kt_process.awake, 1);
     return NULL;
@@ -96,7 +96,7 @@ int kt_pool_wait(kt_pool *pool, kt_task *task) {
     if (state != QUEUED || task->pool != pool || is_driver(pool)) return KT_BAD_ARGUMENT;
     /* Where the driver must run, this thread would be in its way. */
     if (sched_getcpu() != pool->cpus[0] && wake_if_room(pool->spin_limit)) {
-        int done = spin(pool->spin_limit, state_of(task), QUEUED, 0);
+        int done = spin(pool->spin_limit, state_of(task), QUEUED, 0, SPIN_NS);
         atomic_fetch_sub(&kt_process.awake, 1);
         if (done) return KT_OK;
     }
@@ -109,6 +109,15 @@ int kt_pool_wait(kt_pool *pool, kt_task *task) {
 
 void kt_task_submit(void *task) { ((kt_task *)task)->status = kt_pool_submit(((kt_task *)task)->pool, task); }
 void kt_task_wait(void *task) { ((kt_task *)task)->status = kt_pool_wait(((kt_task *)task)->pool, task); }
+
+int kt_pool_rest(kt_pool *pool, int resting) {
+    if (!pool) return KT_BAD_ARGUMENT;
+    if (is_forked(pool)) return KT_FORKED;
+    atomic_store(&pool->spin_ns, resting ? SPIN_NS : LISTEN_NS);
+    atomic_store(&pool->resting, resting);
+    if (!resting) ring(&pool->bell);
+    return KT_OK;
+}
 
 /* The list of doorbells is the driver's own: it is changed by tasks. */
 static void add_doorbell(void *doorbell) {

@@ -19,7 +19,8 @@
 #endif
 
 enum {
-    SPIN_NS = 100000,    /* covers the gap between two layers; far shorter than a scheduler tick */
+    SPIN_NS = 100000,    /* far shorter than a scheduler tick */
+    LISTEN_NS = 3000000, /* while doorbells are attended to: covers what a GPU does between two layers */
     CHECK = 32,          /* turns of a spin between looks at the clock */
     FANOUT = 2,          /* a thread wakes so many others, and they more: to wake all takes one caller 1 us for each */
     LINE = 128,          /* two cache lines: Intel's prefetcher fetches pairs */
@@ -74,6 +75,8 @@ struct kt_pool {
     _Atomic(kt_task *) submitted;   /* a stack: the last one first */
     atomic_int stop_driver;
     kt_task *doorbells;             /* the driver's own */
+    atomic_int resting;             /* the driver may sleep although it has doorbells */
+    atomic_uint spin_ns;            /* how long a worker spins for the next job */
     _Alignas(LINE) event completed; /* tasks */
 };
 
@@ -101,15 +104,15 @@ static inline uint64_t now_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static inline int is_past(uint64_t *deadline) {
+static inline int is_past(uint64_t *deadline, unsigned ns) {
     uint64_t now = now_ns();
-    if (!*deadline) *deadline = now + SPIN_NS;
+    if (!*deadline) *deadline = now + ns;
     return now >= *deadline;
 }
 
 /* Spins until *word is (or is not) the value; 0 if that took too long or more than `limit` threads are awake. The
  * calling thread is one of them: of those that spin at a moment, the last to have become awake saw them all. */
-static inline int spin(size_t limit, const atomic_uint *word, unsigned value, int equal) {
+static inline int spin(size_t limit, const atomic_uint *word, unsigned value, int equal, unsigned ns) {
     if ((atomic_load_explicit(word, memory_order_acquire) == value) == equal) return 1;
     if (atomic_load(&kt_process.awake) > limit) return 0;
     KT_SPINNING(1);
@@ -120,7 +123,7 @@ static inline int spin(size_t limit, const atomic_uint *word, unsigned value, in
             relax();
             found = (atomic_load_explicit(word, memory_order_acquire) == value) == equal;
         }
-    } while (!found && atomic_load(&kt_process.awake) <= limit && !is_past(&deadline));
+    } while (!found && atomic_load(&kt_process.awake) <= limit && !is_past(&deadline, ns));
     KT_SPINNING(-1);
     return found;
 }
@@ -153,8 +156,8 @@ static inline void wake_some(event *e, unsigned seen) {
 }
 
 /* For a thread of the pool: spins, then sleeps. Wakes others that sleep for the same count. */
-static inline void wait_for(event *e, unsigned seen, size_t limit) {
-    if (spin(limit, &e->count, seen, 0)) return;
+static inline void wait_for(event *e, unsigned seen, size_t limit, unsigned ns) {
+    if (spin(limit, &e->count, seen, 0, ns)) return;
     atomic_fetch_sub(&kt_process.awake, 1);
     park(e, seen);
     atomic_fetch_add(&kt_process.awake, 1);

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -243,6 +244,19 @@ class PagedCache(Cache):
 
     def begin(self, counts: Sequence[int]) -> None:
         """Announce that request r brings `counts[r]` tokens; the page table is cut to the pages in use."""
+        self.check(counts)
+        longest = max(n + c for n, c in zip(self.lengths, counts, strict=True))
+        self.page_table = self.all_pages[:, : max(1, -(-longest // PAGE))]
+        rows = self.rows()
+        self.seq_len.copy_(torch.tensor(rows[: self.requests]))
+        self.query_start.copy_(torch.tensor(rows[self.requests :]))
+
+    def rows(self) -> list[int]:
+        """What `begin` writes for the announced step: lengths `[R]`, then where the tokens of each start, `[R + 1]`."""
+        return [*self.lengths, *accumulate(self.counts, initial=0)]
+
+    def check(self, counts: Sequence[int]) -> None:
+        """Announce a step as `begin` does, without writing to any device. Raises CapacityError."""
         for request, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
             if length + count > self.context:
                 raise CapacityError(
@@ -250,13 +264,6 @@ class PagedCache(Cache):
                     f"{self.context} a request. Load with a larger context, or start a new conversation"
                 )
         self.counts = list(counts)
-        longest = max(n + c for n, c in zip(self.lengths, counts, strict=True))
-        self.page_table = self.all_pages[:, : max(1, -(-longest // PAGE))]
-        starts = [0]
-        for count in counts:
-            starts.append(starts[-1] + count)
-        self.seq_len.copy_(torch.tensor(self.lengths))
-        self.query_start.copy_(torch.tensor(starts))
 
     def advance(self) -> None:
         """The announced tokens are stored."""

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import sympy
 from torch import Tensor
@@ -50,6 +50,33 @@ class Parts:
         return self.keys[leaf]
 
 
+class Prepared(Protocol):
+    """A call on tensors that stay where they are, started by a flag or by C, without Python.
+
+    The caller writes to `inputs` and reads `out`, all in (pinned) host memory.
+    """
+
+    out: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]: ...
+
+    def listen(self, start: Tensor, done: Tensor) -> None:
+        """From now on, whenever `start` is not 0: set it to 0, run, set `done` to 1."""
+
+    def rest(self, resting: bool) -> None:
+        """Whether whoever listens may sleep. Flags are answered while it may not."""
+
+    def host_functions(self) -> Any:
+        """`submit`, `wait` and their `argument` as addresses, for cudaLaunchHostFunc."""
+
+    def check(self) -> Tensor:
+        """`out`, or the first error of the runs since the last check."""
+
+    def close(self) -> None:
+        """End it, after a run that may be under way."""
+
+
 class Kernel(ABC):
     """Runs one op on one kind of device, from weights that it packed once. Holds no weights itself."""
 
@@ -80,6 +107,10 @@ class Kernel(ABC):
     @abstractmethod
     def __call__(self, packed: Packed, region: "Call", *inputs: Any) -> Any:
         """Run the region. `inputs` are the op's roles in order; the captured body's inputs for op `*`."""
+
+    def prepare(self, packed: Packed, tokens: int, top_k: int, pinned: bool) -> Prepared | None:
+        """A call for `tokens` tokens that needs no Python once it is prepared; None: this kernel has no such form."""
+        return None
 
     def cache_key(self, region: Region) -> str | None:
         """What beside weights and layout decides the packed bytes; None: packed weights are not kept on disk."""

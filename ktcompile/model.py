@@ -1,9 +1,11 @@
 """From a model file to a compiled model, and to its plan without one."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +25,7 @@ from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_p
 from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Store, check_one_layout, lower
+from ktcompile.step_graph import NotCapturable, StepGraph
 from ktcompile.target import Target, default_threads, detect
 from ktcompile.weights import ImaginedSource, MixedSource, ModuleSource, WeightSource
 
@@ -32,6 +35,9 @@ PLANNED_TOKENS: dict[Phase, int] = {"decode": 1, "prefill": 512}
 """Tokens a step that a plan assumes where nobody says how many."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+MAX_GRAPH_TOKENS = 32
+"""Tokens of a decode step that is recorded as one CUDA graph."""
 
 _FAMILIES = {"deepseek_v3": "deepseek-v3", "deepseek_v2": "deepseek-v3", "kimi_k2": "deepseek-v3"}
 
@@ -253,6 +259,8 @@ class _Forward:
         pool_devices: Sequence[torch.device],
     ) -> None:
         self.config, self.settings, self.phases, self.pool_devices = config, settings, phases, pool_devices
+        self.graphs: dict[int, str] = {}  # tokens a step -> why it is not one CUDA graph, or ""
+        self._recorded: WeakKeyDictionary[PagedCache, dict[int, StepGraph]] = WeakKeyDictionary()
 
     def new_cache(self, requests: int = 1) -> PagedCache:
         """An empty ragged cache for `requests` requests of up to `context` tokens each."""
@@ -267,6 +275,17 @@ class _Forward:
 
     def step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
         """Logits `[len(keep), vocabulary]` of rows `keep` of a ragged step: ids and positions `[T]`, counts `[R]`."""
+        main = self.settings.target.main.torch
+        if self._is_decode(counts, keep) and main.type == "cuda" and self.graphs.get(len(counts), "") == "":
+            cache.check(counts)
+            try:
+                logits = self._graph_of(cache)([*ids.tolist(), *positions.tolist(), *keep.tolist(), *cache.rows()])
+            except NotCapturable as error:
+                self.graphs[len(counts)] = str(error)
+                warnings.warn(f"decode steps of {len(counts)} tokens are no CUDA graph: {error}", stacklevel=2)
+            else:
+                cache.advance()
+                return logits[0].clone()
         cache.begin(counts)
         decode = len(counts) == 1 and ids.numel() == 1 and keep.numel() == 1
         values = {
@@ -281,6 +300,30 @@ class _Forward:
         (logits,) = self.phases["decode" if decode else "prefill"](values)
         cache.advance()
         return logits[0]  # type: ignore[no-any-return]
+
+    def _is_decode(self, counts: Sequence[int], keep: Tensor) -> bool:
+        """Whether every request brings one token and wants its logits."""
+        count = len(counts)
+        return count <= MAX_GRAPH_TOKENS and all(c == 1 for c in counts) and keep.tolist() == [*range(count)]
+
+    def _graph_of(self, cache: PagedCache) -> StepGraph:
+        """The cache's decode step, recorded at its first call."""
+        count = cache.requests
+        made = self._recorded.setdefault(cache, {})
+        if count not in made:
+            state = {f"cache.layers.{i}.pool": pool for i, pool in enumerate(cache.pools)}
+            state["cache.page_table"] = cache.all_pages
+            shapes = {
+                "ids": (1, count),
+                "positions": (1, count),
+                "keep": (count,),
+                "cache.seq_len": (count,),
+                "cache.query_start": (count + 1,),
+            }
+            executable = self.phases["decode" if count == 1 else "prefill"]
+            made[count] = StepGraph(executable, self.settings.target.main.torch, count, state, shapes)
+            self.graphs[count] = ""
+        return made[count]
 
     def __call__(
         self,
@@ -395,7 +438,8 @@ def load(
     }
     forward = _Forward(checkpoint.config, settings, phases, _pool_devices(graphs["decode"], settings.target))
     hollow.forward = torch.compiler.disable(forward.__call__)
-    extra = {"plans": plans, "step": forward.step, "new_cache": forward.new_cache, "store": store}
+    extra = {"plans": plans, "step": forward.step, "new_cache": forward.new_cache, "store": store, "phases": phases}
+    extra["graphs"] = forward.graphs
     for name, value in extra.items():
         setattr(hollow, name, value)
     hollow.generation_config = checkpoint.generation

@@ -103,12 +103,12 @@ class BorrowedStore:
         return made
 
 
-class _Step(nn.Module):
+class Step(nn.Module):
     """One region: its kernel, called on weights that the store packed."""
 
-    def __init__(self, kernel: Kernel, packed: Packed, region: Region, call: Call) -> None:
+    def __init__(self, kernel: Kernel, packed: Packed, region: Region, call: Call, device: torch.device) -> None:
         super().__init__()
-        self.kernel, self.packed, self.call = kernel, packed, call
+        self.kernel, self.packed, self.call, self.device = kernel, packed, call, device
         self.inputs = len(region.inputs)
 
     def forward(self, *args: Any) -> Any:
@@ -176,7 +176,8 @@ def lower(gm: fx.GraphModule, plan: Plan, store: Store, progress: Progress | Non
                     progress(region.name, before + min(done, region_bytes), total)
 
         read(0)
-        made = _Step(store.kernels[str(region.kernel)], store.get(region, read), region, _call(region, store.target))
+        kernel, device = store.kernels[str(region.kernel)], store.target[region.device or ""].torch
+        made = Step(kernel, store.get(region, read), region, _call(region, store.target), device)
         before += region_bytes
         return made
 
@@ -206,7 +207,7 @@ def lower_borrowed(gm: fx.GraphModule, plan: Plan, store: BorrowedStore, stored:
         kernel, call = store.kernels[str(region.kernel)], _call(region, store.target)
         weights = region.weights.values()
         if stored is not None and weights and all("source" in w.meta for w in weights):
-            return _Step(kernel, stored.get(region), region, call)
+            return Step(kernel, stored.get(region), region, call, store.target[region.device or ""].torch)
         return _BorrowedStep(kernel, store, region, call)
 
     return Executable(plan, _lower(gm, step, weights=True))
@@ -272,4 +273,4 @@ def check_one_layout(graphs: Sequence[fx.GraphModule]) -> None:
                     )
 
 
-__all__ = ["BorrowedStore", "Executable", "Progress", "Store", "check_one_layout", "lower", "lower_borrowed"]
+__all__ = ["BorrowedStore", "Executable", "Progress", "Step", "Store", "check_one_layout", "lower", "lower_borrowed"]

@@ -31,6 +31,7 @@ ORDER = (
     "convert",
     "inspect",
     "runtime",
+    "step_graph",
     "model",
     "dynamo",
     "generate",
@@ -42,7 +43,7 @@ ORDER = (
 
 OWNERS = {
     "transformers": {"capture", "cache", "checkpoint", "layers", "model", "tokenizer", "generate"},
-    "triton": {"backends.triton_mla"},
+    "triton": {"backends.handover", "backends.triton_mla"},
     "cffi": {"backends.native"},
     "ktcompile._native": {"backends.native"},
 }

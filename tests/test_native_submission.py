@@ -158,6 +158,22 @@ def test_a_flag_written_by_another_thread(pool: native.Pool) -> None:
     assert bell.start.item() == 1, "nobody listens any more"
 
 
+def test_a_flag_is_seen_after_rest(pool: native.Pool) -> None:
+    given = problem(3)
+    made, bell = native.Submission(pool, HERE[-1], WEIGHTS, *given), Doorbell()
+    made.listen(bell.start, bell.done)
+    pool.rest(True)
+    time.sleep(0.05)
+    assert bell.done.item() == 0
+    bell.start.fill_(1)
+    time.sleep(0.01)
+    assert bell.start.item() == 1, "it sleeps"
+    pool.rest(False)
+    while not bell.done.item():
+        time.sleep(0.0001)
+    assert torch.equal(made.check(), native.moe(pool, HERE[-1], WEIGHTS, *given))
+
+
 def test_the_first_error_of_many_rings_is_kept(pool: native.Pool) -> None:
     x, ids, scores = problem(3)
     good = ids.clone()

@@ -523,6 +523,31 @@ static void test_doorbell_rung_again(void) {
     require(held.status == 2);
 }
 
+/* Told to rest it sleeps, and sees what rang meanwhile when told not to. */
+static void test_doorbell_while_resting(void) {
+    kt_pool *pool = kt_pool_new(2);
+    static bell b;
+    b = (bell){.pool = pool, .m = {.n = 2, .rounds = 1, .pool = pool}};
+    b.task = (kt_task){.call = answer, .argument = &b};
+    require(kt_pool_rest(NULL, 1) == KT_BAD_ARGUMENT);
+    require(kt_pool_listen(pool, &b.task, &b.start, &b.done) == KT_OK);
+    for (unsigned i = 0; i < 20; i++) {
+        require(kt_pool_rest(pool, 1) == KT_OK);
+        while (!atomic_load(&pool->bell.parked)) sched_yield();
+        b.question = i;
+        push(&b);
+        if (i == 0) {
+            sleep_us(1000);
+            require(__atomic_load_n(&b.start, __ATOMIC_RELAXED) == 1);
+        }
+        require(kt_pool_rest(pool, 0) == KT_OK);
+        await(&b);
+        require(b.answer == i + 1);
+    }
+    kt_pool_free(pool);
+    require(atomic_load(&kt_process.awake) == 0);
+}
+
 static void test_doorbells_in_order(void) {
     kt_pool *pool = kt_pool_new(1);
     entry entries[3];
@@ -737,6 +762,7 @@ int main(int argc, char **argv) {
     run_test(test_free_finishes_tasks());
     run_test(test_doorbells());
     run_test(test_doorbells_in_order());
+    run_test(test_doorbell_while_resting());
     run_test(test_doorbell_rung_again());
     run_test(test_waiters_spin_only_where_there_is_room());
     run_test(test_idle_threads_sleep());

@@ -1,0 +1,105 @@
+"""A decode step of fixed addresses, with the experts handed over to the CPU, is the step that runs op by op.
+
+Without a GPU the same graph runs eagerly: Triton's kernels interpreted, flags polled by this thread.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from test_simulated_gpu import HOST, gpu
+from torch import Tensor
+
+from ktcompile import Target
+from ktcompile.backends.handover import Flags, HostFunctions
+from ktcompile.errors import KtransError
+from ktcompile.model import load
+from ktcompile.step_graph import NotCapturable, StepGraph, handover, with_handovers
+
+MAIN = torch.device("cpu:1")
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load(target=gpu(1 << 30), dtype="fp32", context=64)
+
+
+def graph_of(model: Any, cache: Any, **options: Any) -> StepGraph:
+    count = cache.requests
+    state = {f"cache.layers.{i}.pool": pool for i, pool in enumerate(cache.pools)}
+    state["cache.page_table"] = cache.all_pages
+    shapes = {
+        "ids": (1, count),
+        "positions": (1, count),
+        "keep": (count,),
+        "cache.seq_len": (count,),
+        "cache.query_start": (count + 1,),
+    }
+    executable = model.phases["decode" if count == 1 else "prefill"]
+    return StepGraph(executable, MAIN, count, state, shapes, **options)
+
+
+def step(model: Any, cache: Any, ids: list[int]) -> Tensor:
+    count = len(ids)
+    logits: Tensor = model.step(torch.tensor(ids), torch.tensor(cache.lengths), [1] * count, torch.arange(count), cache)
+    return logits
+
+
+@pytest.mark.parametrize("requests", [1, 3])
+def test_the_same_logits_as_region_by_region(model: Any, requests: int) -> None:
+    one, other = model.new_cache(requests), model.new_cache(requests)
+    graph = graph_of(model, other)
+    for i in range(3):
+        ids = [5 + 7 * i + r for r in range(requests)]
+        want = step(model, one, ids)
+        other.check([1] * requests)
+        got = graph([*ids, *other.lengths, *range(requests), *other.rows()])[0].clone()
+        other.advance()
+        assert (got - want).norm() <= 1e-5 * want.norm()  # another width of the page table, so another order of sums
+    for a, b in zip(one.pools, other.pools, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    graph.close()
+
+
+def test_every_region_on_the_cpu_is_two_points(model: Any) -> None:
+    cache = model.new_cache(1)
+    graph = graph_of(model, cache)
+    names = [str(n.target) for n in graph.gm.graph.nodes if n.op == "call_module"]
+    submits, waits = ([n for n in names if n.endswith(end)] for end in ("_submit", "_wait"))
+    assert len(submits) == len(waits) == len(graph.prepared) > 0
+    for one, other in zip(submits, waits, strict=True):
+        shared = one.replace("experts_submit", "shared_experts")
+        assert names.index(one) < names.index(shared) < names.index(other), "the shared expert runs meanwhile"
+    assert not any("copy_to" in str(n.target) for n in graph.gm.graph.nodes)
+    graph.close()
+    assert graph.prepared == []
+
+
+def test_an_error_of_the_cpu_is_raised_and_the_next_step_works(model: Any) -> None:
+    cache = model.new_cache(1)
+    graph = graph_of(model, cache)
+    cache.check([1])
+    numbers = [5, 0, 0, *cache.rows()]
+    want = graph(numbers).clone()
+    submit = graph.gm.get_submodule(next(str(n.target) for n in graph.gm.graph.nodes if "_submit" in str(n.target)))
+    send = submit.handover.submit
+    submit.handover.submit = lambda x, ids, scores: send(x, torch.full_like(ids, 1 << 20), scores)
+    with pytest.raises(ValueError, match="ids lie in"):
+        graph(numbers)
+    submit.handover.submit = send
+    assert torch.equal(graph(numbers), want)
+
+
+def test_what_cannot_be_handed_over_is_named() -> None:
+    plain = load(target=Target((HOST,)), dtype="fp32", context=64)
+    with pytest.raises(NotCapturable, match="runs on cpu by reference, which waits for the host"):
+        with_handovers(plain.phases["decode"], MAIN, 1, Flags)
+
+
+def test_the_way_of_handing_over_is_found_or_what_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert handover() is Flags
+    assert "no GPU" in str(HostFunctions.missing())
+    monkeypatch.setattr(Flags, "missing", staticmethod(lambda: "no stream waits"))
+    with pytest.raises(KtransError, match=r"a-flags: no stream waits; b-host-functions: there is no GPU"):
+        handover()

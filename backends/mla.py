@@ -1,4 +1,4 @@
-"""mla on a GPU: the Triton kernels of `triton_mla`, with weights decoded once or kept encoded."""
+"""mla on a GPU: the Triton kernels of `triton_mla`, with weights in planes, decoded once, or kept encoded."""
 
 from typing import Any
 
@@ -9,6 +9,15 @@ from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_o
 from ktcompile.backends import native
 from ktcompile.backends.encoded import decoded, encoded_bytes, pack_encoded, wasteful
 from ktcompile.backends.reference import Reference
+from ktcompile.backends.triton_linear import (
+    Planes,
+    dequantize,
+    linear,
+    pack_planes,
+    planes_bytes,
+    planes_refuses,
+    weight_of,
+)
 from ktcompile.backends.triton_mla import mla, unavailable
 from ktcompile.kernel import CONTEXT, TOKENS
 from ktcompile.ops.mla import role
@@ -71,3 +80,28 @@ class TritonMLAEncoded(TritonMLA):
         weights = {role(leaf): decoded(packed, leaf) for leaf in region.leaves}
         hidden, cos, sin, *cache = inputs
         return mla(hidden, cos, sin, weights, region.shape, *cache)
+
+
+class TritonMLAPlanes(TritonMLA):
+    """The same with projections from the bits of the file (`triton_linear`); kv_b, which is absorbed, as values."""
+
+    name = "triton_planes"
+    layout = "planes"
+    quantizes = native.QUANTIZERS
+
+    def refuses(self, region: Region, target: Target) -> str | None:
+        return super().refuses(region, target) or planes_refuses(region)
+
+    def packed_bytes(self, region: Region) -> int:
+        return planes_bytes(region)
+
+    def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
+        return pack_planes(parts, region, target)
+
+    def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
+        hidden, cos, sin, *cache = inputs
+        weights = {role(leaf): weight_of(packed, leaf) for leaf in region.leaves}
+        up = weights["kv_b_proj"]
+        if isinstance(up, Planes):
+            weights["kv_b_proj"] = dequantize(up, hidden.dtype)
+        return mla(hidden, cos, sin, weights, region.shape, *cache, project=linear)

@@ -512,7 +512,7 @@ def mla(
     hidden: Tensor,  # [..., H], flattened to [tokens, H]
     cos: Tensor,  # [..., rope]
     sin: Tensor,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Any],
     shape: MLAShape,
     pool: Tensor,
     page_table: Tensor,
@@ -520,16 +520,18 @@ def mla(
     query_start: Tensor,
     *,
     max_queries: int | None = None,
+    project: Callable[[Tensor, Any, Tensor | None], Tensor] = functional.linear,
 ) -> Tensor:
     """The whole attention block; arguments as of `mla_reference`, result shaped like `hidden`.
 
-    Instead of `kv_b_proj`, `weights` may hold its two parts as `w_uk` and `w_uv`.
+    `project(x, weight, bias)` computes the projections from weights of its own kind; those of norms, biases and
+    `kv_b_proj` are tensors. Instead of `kv_b_proj`, `weights` may hold its two parts as `w_uk` and `w_uv`.
     """
     x = hidden.reshape(-1, hidden.shape[-1])
     cos, sin = cos.reshape(-1, shape.rope), sin.reshape(-1, shape.rope)
 
     def linear(x: Tensor, role: str) -> Tensor:
-        return functional.linear(x, weights[role], weights.get(f"{role}.bias"))
+        return project(x, weights[role], weights.get(f"{role}.bias"))
 
     if "q_proj" in weights:
         query = linear(x, "q_proj")

@@ -21,13 +21,23 @@ class ChooseKernels(Pass):
     requires = ("local",)
     establishes = ("lowered",)
     moe: tuple[str, ...] = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar", "reference")
-    mla: tuple[str, ...] = ("triton_encoded", "triton", "encoded", "reference")
+    mla: tuple[str, ...] = ("triton_planes", "triton_encoded", "triton", "encoded", "reference")
+    linear: tuple[str, ...] = ("triton_linear", "encoded", "reference")
+    mlp: tuple[str, ...] = ("triton_mlp", "encoded", "reference")
     other: tuple[str, ...] = ("encoded", "reference")
     ops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def run(self, gm: GraphModule, ctx: Context) -> GraphModule:
         kernels = available()
-        lists = {"moe": self.moe, "mla": self.mla, "other": self.other, **self.ops}
+        lists = {
+            "moe": self.moe,
+            "mla": self.mla,
+            "linear": self.linear,
+            "mlp": self.mlp,
+            "other": self.other,
+            **self.ops,
+        }
+        on_gpu = ("linear", "mlp")  # kernels of their own only there
         for key, names in lists.items():
             if unknown := [n for n in names if n not in kernels]:
                 raise OptionError(key, f"no kernel {unknown[0]!r}; {near(unknown[0], kernels)}")
@@ -41,7 +51,8 @@ class ChooseKernels(Pass):
                     f"no kernel takes {region.path} ({region.op} on {region.device}): "
                     f"{'; '.join(f'{n}: {w}' for n, w in refused)}. {way_out}"
                 )
-            for why in dict.fromkeys(w for _, w in refused) if region.op in lists else ():
+            is_told = region.op in lists and not (region.op in on_gpu and ctx.target[region.device or ""].kind == "cpu")
+            for why in dict.fromkeys(w for _, w in refused) if is_told else ():
                 ctx.skip(region, f"{', '.join(n for n, w in refused if w == why)}: {why}")
             op = OPS.get(region.op)
             if kernel.op == region.op and op is not None and op.define is not None:

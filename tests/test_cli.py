@@ -115,8 +115,9 @@ def test_explain_shows_the_page(ktrans):
     code, out, _ = ktrans("explain", *MACHINE)
     assert code == 0
     assert len(out.splitlines()) < 70
-    for word in ("L1.experts", "moe", "cuda:0", "q4_k", "L3-L4 as L1", "# why not"):
+    for word in ("L1.experts", "moe", "cuda:0", "q4_k", "L3-L4 as L1", "triton_planes"):
         assert word in out
+    assert "# why not" in ktrans("explain", "--gpu", "none", "--ram", "512G")[1]
 
 
 def test_explain_after_a_pass_and_for_a_phase(ktrans):

@@ -43,7 +43,13 @@ ORDER = (
 
 OWNERS = {
     "transformers": {"capture", "cache", "checkpoint", "layers", "model", "tokenizer", "generate"},
-    "triton": {"backends.handover", "backends.triton_mla"},
+    "triton": {
+        "backends.handover",
+        "backends.triton_linear",
+        "backends.triton_mla",
+        "backends.triton_norm",
+        "backends.triton_router",
+    },
     "cffi": {"backends.native"},
     "ktcompile._native": {"backends.native"},
 }

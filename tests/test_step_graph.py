@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_simulated_gpu import HOST, gpu
+from test_simulated_gpu import HOST, gpu, without_planes
 from torch import Tensor
 
 from ktcompile import Target
@@ -21,8 +21,9 @@ LAYERS = 5
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return load(target=gpu(1 << 30), dtype="fp32", context=64)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    rules = without_planes(tmp_path_factory.mktemp("rules"))  # those take minutes in the interpreter
+    return load(target=gpu(1 << 30), dtype="fp32", context=64, rules=rules)
 
 
 def graph_of(model: Any, cache: Any, **options: Any) -> StepGraph:

@@ -99,7 +99,7 @@ def test_linear(encoding: str, tokens: int) -> None:
 @HERE
 @pytest.mark.parametrize("encoding", ["q4_k", "q6_k", "fp8_block128"])
 @pytest.mark.parametrize(
-    "tiles", [VectorTiles(2, 4, 32), VectorTiles(2, 2, 64), VectorTiles(1, 1, 128), VectorTiles(4, 1, 32)], ids=str
+    "tiles", [VectorTiles(1, 2, 32), VectorTiles(4, 1, 64), VectorTiles(1, 1, 128), VectorTiles(2, 2, 64)], ids=str
 )
 def test_any_tiles(encoding: str, tiles: VectorTiles) -> None:
     p, w = make(encoding, 37, 1280)
@@ -108,10 +108,10 @@ def test_any_tiles(encoding: str, tiles: VectorTiles) -> None:
 
 
 def test_tiles_of_deepseek() -> None:
-    """A wide matrix gives a warp its own rows; a narrow one shares them among four."""
-    assert kernels.vector_tiles(7168, 16384, 132) == VectorTiles(2, 4, 32)
-    assert kernels.vector_tiles(1536, 7168, 132) == VectorTiles(2, 1, 128)
-    assert kernels.vector_tiles(576, 7168, 132) == VectorTiles(1, 1, 128)
+    """Of many rows a warp has two, of few one; short rows share what is made of x."""
+    assert kernels.vector_tiles(7168, 16384, 132) == VectorTiles(1, 2, 32)
+    assert kernels.vector_tiles(1536, 7168, 132) == VectorTiles(1, 1, 32)
+    assert kernels.vector_tiles(24576, 1536, 132) == VectorTiles(4, 1, 64)
     assert VectorTiles(2, 1, 128).warps == 4
 
 

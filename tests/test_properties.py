@@ -112,11 +112,15 @@ def test_every_pass_is_idempotent(data: st.DataObject, name: str, ranking: str) 
     keep=st.none() | st.integers(1, 9),
     ranking=st.sampled_from(("choice", "weight")),
     rules=st.dictionaries(st.text(min_size=1), st.text(), max_size=4),
-    lists=st.lists(st.lists(st.text(), max_size=3).map(tuple), min_size=3, max_size=3),
+    lists=st.dictionaries(
+        st.sampled_from(("moe", "mla", "linear", "mlp", "other")), st.lists(st.text(), max_size=3).map(tuple)
+    ),
     ops=st.dictionaries(st.text(min_size=1), st.lists(st.text(), max_size=2).map(tuple), max_size=2),
 )
 def test_a_dumped_pipeline_loads_as_itself(keep, ranking, rules, lists, ops) -> None:  # type: ignore[no-untyped-def]
-    pipeline = Pipeline((Fold(), PruneExperts(keep, ranking), Place(rules), InsertCopies(), ChooseKernels(*lists, ops)))
+    pipeline = Pipeline(
+        (Fold(), PruneExperts(keep, ranking), Place(rules), InsertCopies(), ChooseKernels(**lists, ops=ops))
+    )
     assert parse_rules(pipeline.dump(), "dump.yaml") == pipeline
 
 

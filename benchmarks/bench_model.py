@@ -187,11 +187,11 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         target = machine(args.cpu_threads, args.vram)
         layers = sorted(numbers(args.layers, "--layers", 1))
-        prompts, depths, batches = (
+        prompts, new, depths, batches = (
             numbers(text, option, least)
-            for text, option, least in ((args.p, "-p", 0), (args.d, "-d", 0), (args.b, "-b", 1))
+            for text, option, least in ((args.p, "-p", 0), (args.n, "-n", 0), (args.d, "-d", 0), (args.b, "-b", 1))
         )
-        tests = tests_for(prompts, args.n, depths, batches, whole.context)
+        tests = tests_for(prompts, new, depths, batches, whole.context)
     except KtransError as error:
         raise SystemExit(f"bench_model: {error}") from error
     say(
@@ -264,7 +264,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", default="2,4,6", help="numbers of layers with experts, three or more for a fit")
     parser.add_argument("--out", type=Path, default=Path("/dev/shm"), help="where files go, one at a time")
     parser.add_argument("-p", default="512", help="prompt lengths")
-    parser.add_argument("-n", type=int, default=64, help="tokens to generate")
+    parser.add_argument("-n", default="64", help="tokens to generate")
     parser.add_argument("-d", default="0", help="after so many tokens")
     parser.add_argument("-b", default="1", help="requests at once")
     parser.add_argument("-r", "--runs", type=int, default=3, help="of each test, after one that does not count")
@@ -274,9 +274,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpu-threads", "--threads", type=int, help="default: all cores, from 8 on all but one")
     parser.add_argument("--seconds", type=float, help="begin no N that would end later than this")
     args = parser.parse_args(given)
-    for option in ("n", "runs", "chunk_size"):
-        if getattr(args, option) < (0 if option == "n" else 1):
-            parser.error(f"{option.replace('_', '-')} {getattr(args, option)}: too few")
+    for option in ("runs", "chunk_size"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} {getattr(args, option)}: 1 or more")
     if not args.out.is_dir():
         parser.error(f"--out {args.out}: there is no such folder")
     return args

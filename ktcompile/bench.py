@@ -104,18 +104,22 @@ def numbers(text: str, option: str, least: int) -> list[int]:
 
 
 def tests_for(
-    prompts: Sequence[int] | None, new: int | None, depths: Sequence[int], batches: Sequence[int], most: int
+    prompts: Sequence[int] | None,
+    news: Sequence[int] | None,
+    depths: Sequence[int],
+    batches: Sequence[int],
+    most: int,
 ) -> list[Test]:
-    """The rows: prompts alone, then `new` tokens at each depth for each number of requests. 0 leaves a kind out.
+    """The rows: prompts alone, then new tokens at each depth for each number of requests. 0 leaves a kind out.
 
     None: the defaults, as far as they fit. `most`: tokens that a request may hold; RulesError where one needs more.
     """
     if prompts is None:
         prompts = [p for p in DEFAULT_PROMPTS if p <= most] or [most]
-    if new is None:
-        new = max(1, min(DEFAULT_NEW, most - max(depths)))
+    if news is None:
+        news = [max(1, min(DEFAULT_NEW, most - max(depths)))]
     found = [Test("pp", p) for p in prompts if p]
-    found += [Test("tg", new, depth, batch) for batch in batches for depth in depths if new]
+    found += [Test("tg", new, depth, batch) for new in news for batch in batches for depth in depths if new]
     if not found:
         raise RulesError("-p 0 and -n 0: nothing is left to measure; give one of them")
     for test in found:

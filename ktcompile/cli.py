@@ -133,10 +133,7 @@ def chat(
 ) -> None:
     """Talk to a model: a conversation in the terminal, or one answer with --prompt."""
     text = _one_prompt(prompt, prompt_file)
-    import torch
-
     from ktcompile.generate import Sampling, Session, stop_tokens
-    from ktcompile.model import load, torch_threads
 
     start = time.perf_counter()
     target = _machine(None, None, cpu_threads)
@@ -149,6 +146,32 @@ def chat(
         min_p,
         seed,
     )
+    compiled = _load(checkpoint, target, start, experts, ranking, quantize, rules, dtype, context, packed_cache)
+    session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
+    history = [{"role": "system", "content": system}] if system else []
+    if text is not None:
+        _answer(session, [*history, {"role": "user", "content": text}], max_new_tokens, force_think)
+        return
+    _converse(session, history, max_new_tokens, force_think)
+
+
+def _load(
+    checkpoint: "Checkpoint",
+    target: "Target",
+    start: float,
+    experts: int | None,
+    ranking: str | None,
+    quantize: str | None,
+    rules: str | None,
+    dtype: str | None,
+    context: int | None,
+    packed_cache: str | None,
+) -> Any:
+    """The compiled model; what is done, how long it took since `start` and what is lossy goes to stderr."""
+    import torch
+
+    from ktcompile.model import load, torch_threads
+
     err.print(f"[dim]capturing {checkpoint.name}[/dim]", soft_wrap=True)
     with _progress("packing") as (bar, task):
         compiled: Any = load(
@@ -167,15 +190,10 @@ def chat(
         for note in (f"{kept.loaded} regions read from {kept.folder}, {kept.saved} written", *kept.notes):
             err.print(f"[dim]packed cache: {note}[/dim]", soft_wrap=True)
     torch.set_num_threads(torch_threads(compiled.plans["decode"], target))
-    session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
     err.print(f"[dim]{checkpoint.name}, loaded in {time.perf_counter() - start:.1f} s[/dim]", soft_wrap=True)
     for what in compiled.plans["decode"].lossy:
         err.print(f"[dim]lossy: {what}[/dim]", soft_wrap=True)
-    history = [{"role": "system", "content": system}] if system else []
-    if text is not None:
-        _answer(session, [*history, {"role": "user", "content": text}], max_new_tokens, force_think)
-        return
-    _converse(session, history, max_new_tokens, force_think)
+    return compiled
 
 
 def _first(*values: Any) -> Any:
@@ -269,6 +287,95 @@ def _line(text: str) -> str:
     if not text:
         raise EOFError
     return text
+
+
+# ------------------------------------------------------------------------------------------------ bench
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    gguf: Gguf = None,
+    prompts: Annotated[
+        str | None, typer.Option("--n-prompt", "-p", help="Prompt lengths. Default: 512,2048, as far as they fit.")
+    ] = None,
+    new: Annotated[str | None, typer.Option("--n-gen", "-n", help="Tokens to generate. Default: 64.")] = None,
+    depths: Annotated[str, typer.Option("--n-depth", "-d", help="Generate after so many tokens.")] = "0",
+    batches: Annotated[str, typer.Option("--batch", "-b", help="Generate for so many requests at once.")] = "1",
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", min=1, help="Runs of each test, after one that does not count.")
+    ] = 3,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Prompt tokens a step. Default: 512, as in chat.")
+    ] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the steps for chrome://tracing or Perfetto.")] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Write one step as an HTML page: of decode, if that is measured.")
+    ] = None,
+    experts: Experts = None,
+    ranking: Ranking = None,
+    quantize: Quantize = None,
+    rules: Rules = None,
+    dtype: Dtype = None,
+    context: Annotated[
+        int | None, typer.Option(help="Most tokens a request may hold. Default: what the tests need.")
+    ] = None,
+    packed_cache: PackedCache = None,
+    cpu_threads: Threads = None,
+) -> None:
+    """Measure tokens a second, and where the time of a step goes. Lists as 1,16,512; 0 leaves a kind out."""
+    from ktcompile.bench import context_for, numbers, tests_for
+    from ktcompile.generate import CHUNK
+    from ktcompile.model import settings_for
+    from ktcompile.report import run
+    from ktcompile.timeline import chrome_trace
+    from ktcompile.timeline import timeline as page
+    from ktcompile.version import __version__
+
+    start = time.perf_counter()
+    lengths = None if prompts is None else numbers(prompts, "-p", 0)
+    generated = None if new is None else numbers(new, "-n", 0)
+    after, at_once = numbers(depths, "-d", 0), numbers(batches, "-b", 1)
+    for option, file in (("--json", as_json), ("--trace", trace), ("--timeline", timeline)):
+        _check_writable(option, file)
+    target = _machine(None, None, cpu_threads)
+    checkpoint = _open(model, gguf)
+    chosen = settings_for(checkpoint, rules=rules, target=target, dtype=dtype, context=context)
+    longest = int(getattr(checkpoint.config, "max_position_embeddings", chosen.context))
+    most = longest if context is None else context
+    tests = tests_for(lengths, generated, after, at_once, most)
+    compiled = _load(
+        checkpoint, target, start, experts, ranking, quantize, rules, dtype, context_for(tests, most), packed_cache
+    )
+    with _progress("measuring", MofNCompleteColumn(), TimeRemainingColumn()) as (bar, task):
+        report = run(
+            compiled,
+            checkpoint.name,
+            tests,
+            repetitions=repetitions,
+            chunk=chunk_size or CHUNK,
+            progress=lambda what, done, total: bar.update(task, completed=done, total=total, description=what),
+            version=__version__,
+        )
+    sys.stdout.write(report.text())
+    if as_json is not None:
+        _write(as_json, json.dumps(report.json(), indent=1, ensure_ascii=False) + "\n")
+    if trace is not None:
+        _write(trace, json.dumps(chrome_trace(report.profiles), ensure_ascii=False) + "\n")
+    if timeline is not None:
+        _write(timeline, page(report.profiles[0], checkpoint.name))
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    """Refuse, before anything is measured, a file that cannot be written."""
+    from ktcompile.errors import RulesError
+
+    if path is None:
+        return
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if path.is_dir() or not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
+        raise RulesError(f"{option} {str(path)!r}: cannot be written")
 
 
 # ------------------------------------------------------------------------------------------------ explain

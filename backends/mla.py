@@ -18,7 +18,7 @@ from ktcompile.backends.triton_linear import (
     planes_refuses,
     weight_of,
 )
-from ktcompile.backends.triton_mla import mla, unavailable
+from ktcompile.backends.triton_mla import mla, mla_attend, unavailable
 from ktcompile.kernel import CONTEXT, TOKENS
 from ktcompile.ops.mla import role
 
@@ -30,6 +30,10 @@ class TritonMLA(Kernel):
     op = "mla"
     device = "cuda"
     layout = "plain"
+
+    def attend(self, *args: Any, **options: Any) -> Tensor:
+        """`mla_attend`, or what a subclass has instead of it."""
+        return mla_attend(*args, **options)
 
     def missing(self) -> str | None:
         return unavailable()
@@ -57,7 +61,7 @@ class TritonMLA(Kernel):
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
         weights = {role(leaf): packed.tensors[leaf] for leaf in region.leaves}
         hidden, cos, sin, *cache = inputs
-        return mla(hidden, cos, sin, weights, region.shape, *cache)
+        return mla(hidden, cos, sin, weights, region.shape, *cache, attend=self.attend)
 
 
 class TritonMLAEncoded(TritonMLA):
@@ -79,7 +83,7 @@ class TritonMLAEncoded(TritonMLA):
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
         weights = {role(leaf): decoded(packed, leaf) for leaf in region.leaves}
         hidden, cos, sin, *cache = inputs
-        return mla(hidden, cos, sin, weights, region.shape, *cache)
+        return mla(hidden, cos, sin, weights, region.shape, *cache, attend=self.attend)
 
 
 class TritonMLAPlanes(TritonMLA):
@@ -104,4 +108,4 @@ class TritonMLAPlanes(TritonMLA):
         up = weights["kv_b_proj"]
         if isinstance(up, Planes):
             weights["kv_b_proj"] = dequantize(up, hidden.dtype)
-        return mla(hidden, cos, sin, weights, region.shape, *cache, project=linear)
+        return mla(hidden, cos, sin, weights, region.shape, *cache, project=linear, attend=self.attend)

@@ -521,11 +521,13 @@ def mla(
     *,
     max_queries: int | None = None,
     project: Callable[[Tensor, Any, Tensor | None], Tensor] = functional.linear,
+    attend: Callable[..., Tensor] = mla_attend,
 ) -> Tensor:
     """The whole attention block; arguments as of `mla_reference`, result shaped like `hidden`.
 
     `project(x, weight, bias)` computes the projections from weights of its own kind; those of norms, biases and
-    `kv_b_proj` are tensors. Instead of `kv_b_proj`, `weights` may hold its two parts as `w_uk` and `w_uv`.
+    `kv_b_proj` are tensors. Instead of `kv_b_proj`, `weights` may hold its two parts as `w_uk` and `w_uv`. `attend`
+    takes the arguments of `mla_attend`.
     """
     x = hidden.reshape(-1, hidden.shape[-1])
     cos, sin = cos.reshape(-1, shape.rope), sin.reshape(-1, shape.rope)
@@ -546,7 +548,7 @@ def mla(
     absorbed = "w_uk" in weights
     w_uk, w_uv = (weights["w_uk"], weights["w_uv"]) if absorbed else absorb(weights["kv_b_proj"], shape)
     q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # [tokens, heads, lora]
-    mixed = mla_attend(q_latent, q_rope, *cache, shape.scale, max_queries=max_queries)
+    mixed = attend(q_latent, q_rope, *cache, shape.scale, max_queries=max_queries)
     values = torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)  # [tokens, heads, v]
     return linear(values.reshape(x.shape[0], -1), "o_proj").view(hidden.shape)
 

@@ -77,6 +77,15 @@ class Prepared(Protocol):
         """End it, after a run that may be under way."""
 
 
+@dataclass(frozen=True)
+class StepFacts:
+    """What the host knows of a step before it runs; a kernel alone would have to wait for the device to learn it."""
+
+    lengths: tuple[int, ...]  # tokens that each request has stored
+    counts: tuple[int, ...]  # tokens that each request brings
+    pages: Tensor  # [requests, P], the cache's whole page table: the same object at every step
+
+
 class Kernel(ABC):
     """Runs one op on one kind of device, from weights that it packed once. Holds no weights itself."""
 
@@ -110,6 +119,14 @@ class Kernel(ABC):
 
     def prepare(self, packed: Packed, tokens: int, top_k: int, pinned: bool) -> Prepared | None:
         """A call for `tokens` tokens that needs no Python once it is prepared; None: this kernel has no such form."""
+        return None
+
+    def begin(self, step: StepFacts) -> None:
+        """Called on the host before every step, once for all regions, also before a CUDA graph is replayed."""
+        return None
+
+    def end(self) -> None:
+        """Called after every step that was begun. Between `end` and `begin` nothing is known of a call's lengths."""
         return None
 
     def cache_key(self, region: Region) -> str | None:

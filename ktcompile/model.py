@@ -18,13 +18,14 @@ from ktcompile.capture import annotate_weights, attention_of, capture, computed,
 from ktcompile.checkpoint import Checkpoint, open_checkpoint
 from ktcompile.errors import KtransError, RulesError
 from ktcompile.graph import regions, short
+from ktcompile.kernel import Kernel, StepFacts
 from ktcompile.kernel import available as available_kernels
 from ktcompile.layers import NotEqual, first, layers_of, repeat
 from ktcompile.packed_cache import PackedCache, packed_folder
 from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_pass, near, shipped
 from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
-from ktcompile.runtime import Executable, Progress, Store, check_one_layout, lower
+from ktcompile.runtime import Executable, Progress, Step, Store, check_one_layout, lower
 from ktcompile.step_graph import NotCapturable, StepGraph
 from ktcompile.target import Target, default_threads, detect
 from ktcompile.weights import ImaginedSource, MixedSource, ModuleSource, WeightSource
@@ -261,6 +262,8 @@ class _Forward:
         self.config, self.settings, self.phases, self.pool_devices = config, settings, phases, pool_devices
         self.graphs: dict[int, str] = {}  # tokens a step -> why it is not one CUDA graph, or ""
         self._recorded: WeakKeyDictionary[PagedCache, dict[int, StepGraph]] = WeakKeyDictionary()
+        used = dict.fromkeys(m.kernel for p in phases.values() for m in p.gm.modules() if isinstance(m, Step))
+        self._told = [kernel for kernel in used if type(kernel).begin is not Kernel.begin]
 
     def new_cache(self, requests: int = 1) -> PagedCache:
         """An empty ragged cache for `requests` requests of up to `context` tokens each."""
@@ -275,9 +278,19 @@ class _Forward:
 
     def step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
         """Logits `[len(keep), vocabulary]` of rows `keep` of a ragged step: ids and positions `[T]`, counts `[R]`."""
+        cache.check(counts)
+        facts = StepFacts(tuple(cache.lengths), tuple(counts), cache.all_pages)
+        try:
+            for kernel in self._told:
+                kernel.begin(facts)
+            return self._step(ids, positions, counts, keep, cache)
+        finally:
+            for kernel in self._told:
+                kernel.end()
+
+    def _step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
         main = self.settings.target.main.torch
         if self._is_decode(counts, keep) and main.type == "cuda" and self.graphs.get(len(counts), "") == "":
-            cache.check(counts)
             try:
                 logits = self._graph_of(cache)([*ids.tolist(), *positions.tolist(), *keep.tolist(), *cache.rows()])
             except NotCapturable as error:

@@ -370,8 +370,9 @@ def moe(
 
     x float32 [T, H], ids int64 [T, k], scores float32 [T, k], all contiguous; returns float32 [T, H], in `out` if given
     (which shares no memory with the inputs). The result is the same to the bit for any number of threads; with at most
-    8 tokens also for each token alone. ValueError names a shape, a dtype, an id out of range or twice in a row, an isa
-    that refuses the weights or does not run here.
+    8 tokens also for each token alone. An id of -1 is no expert: the sum is that of a row without this place, its score
+    is not read, and a row of nothing else gives zeros. ValueError names a shape, a dtype, another id out of range or
+    twice in a row, an isa that refuses the weights or does not run here.
     """
     reason = _missing(isa)
     if reason is not None:
@@ -433,7 +434,7 @@ def _raise(status: int, weights: MoeWeights, ids: Tensor) -> None:
     if status == lib.KT_REPEATED_EXPERT:
         raise ValueError("an expert appears twice among the experts of a token")
     if status == lib.KT_BAD_EXPERT:
-        raise ValueError(f"ids lie in [{int(ids.min())}, {int(ids.max())}], allowed is [0, {weights.experts})")
+        raise ValueError(f"ids lie in [{int(ids.min())}, {int(ids.max())}], allowed is [0, {weights.experts}) and -1")
     if status:
         raise RuntimeError(f"kt_moe_run: {_error(status)}")
 

@@ -4,6 +4,8 @@
  *     y[t,:] = sum over j of scores[t,j] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])),  e = ids[t,j]
  *     x [T, H] float, ids [T, k] int64, scores [T, k] float, y [T, H] float
  *     gate, up [E, I, H], down [E, H, I], each in its own storage type
+ * An id of -1 is no expert: what belongs there is computed elsewhere. The sum, to the bit, is that of a row without this
+ * place: its score is not read, and a row of nothing else gives zeros.
  *
  * LAYOUT "tiles": a packed matrix is groups of 16 rows (the last one filled up with zeros), back to back. In a group
  * the 16 rows are interleaved, so that a vector register holds one column, or a few neighbours, of all of them: a
@@ -74,8 +76,8 @@ typedef enum kt_status {
     KT_BAD_ARGUMENT,  /* a null pointer, a size of zero, an unknown type, activation or instruction set */
     KT_BAD_COLUMNS,   /* the last axis is no multiple of the type's block */
     KT_REFUSED,       /* the instruction set does not take this weight type (kt_isa_takes) */
-    KT_BAD_EXPERT,    /* an id outside [0, E) */
-    KT_REPEATED_EXPERT, /* an id twice in a row of ids */
+    KT_BAD_EXPERT,    /* an id outside [0, E) that is not -1 */
+    KT_REPEATED_EXPERT, /* an id twice in a row of ids; -1 may be */
     KT_SMALL_SCRATCH, /* scratch_bytes is below kt_moe_scratch_bytes */
     KT_TOO_LARGE,     /* more than 2^31 - 1 (token, expert) pairs, or a size that overflows */
     KT_FORKED,        /* the pool was made before fork(): its threads are not in this process */

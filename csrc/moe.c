@@ -4,9 +4,9 @@
  *     0  prepare x                  a task = one token (for a few tokens the caller does it while sorting)
  *     1  h = act(gate x) * up x     a task = (expert, block of rows of I), experts with most tokens first
  *     2  y = sum of score * down h  a task = (run of experts, block of rows of H); runs one after the other
- * A slot is one (token, expert) pair; slots are sorted by expert, then token, then place in the row. Every element of h
- * is computed within one task, and every element of y by one task a run of experts, in the order of the runs: the number
- * of threads cannot change a bit.
+ * A slot is one (token, expert) pair; slots are sorted by expert, then token, then place in the row; a place without an
+ * expert has none. Every element of h is computed within one task, and every element of y by one task a run of experts,
+ * in the order of the runs: the number of threads cannot change a bit.
  *
  * An expert with tile_tokens tokens or more is computed by tiles, where the instruction set has them, in wide blocks that
  * keep its tokens in the second-level cache; the others stream their weights past a few tokens.
@@ -19,6 +19,7 @@
 
 enum {
     PHASES = 3,
+    NO_EXPERT = -1,      /* the id of a place that is computed elsewhere */
     ROWS_FEW = 64,       /* rows a task where weights are streamed: many tasks, each a long stream */
     ENDING = 2,          /* so many of those tasks a thread are taken in parts, the last ones: then threads end together */
     PARTS = ROWS_FEW / KT_SPAN,
@@ -89,7 +90,7 @@ const char *kt_error(int status) {
     case KT_BAD_ARGUMENT: return "a null pointer, a size of zero, or an unknown type, activation or instruction set";
     case KT_BAD_COLUMNS: return "the last axis is not a multiple of the block of its storage type";
     case KT_REFUSED: return "the instruction set does not take this weight type";
-    case KT_BAD_EXPERT: return "an expert id is outside [0, experts)";
+    case KT_BAD_EXPERT: return "an expert id is outside [0, experts) and not -1";
     case KT_REPEATED_EXPERT: return "an expert appears twice among the experts of a token";
     case KT_SMALL_SCRATCH: return "scratch is smaller than kt_moe_scratch_bytes says";
     case KT_TOO_LARGE: return "too many (token, expert) pairs, or a size overflows";
@@ -151,9 +152,10 @@ size_t kt_moe_scratch_bytes(const kt_pool *pool, const kt_moe *moe, int isa, siz
 
 /* Counting sort of slots by expert, and of the experts in use by their number of tokens. */
 static void sort_slots(run *r) {
-    size_t experts = r->moe->experts, slots = r->n_tokens * r->top_k;
+    size_t experts = r->moe->experts, places = r->n_tokens * r->top_k;
     memset(r->first_slot, 0, (experts + 1) * sizeof(int32_t));
-    for (size_t i = 0; i < slots; i++) r->first_slot[r->ids[i]]++;
+    for (size_t i = 0; i < places; i++)
+        if (r->ids[i] != NO_EXPERT) r->first_slot[r->ids[i]]++;
     r->n_active = 0;
     for (size_t e = 0; e < experts; e++) {
         int32_t count = r->first_slot[e];
@@ -169,7 +171,8 @@ static void sort_slots(run *r) {
         r->first_slot[e] = end;
     }
     r->first_slot[experts] = end;
-    for (size_t i = slots; i-- > 0;) {  /* backwards: ends become starts, and slots of an expert stay in token order */
+    for (size_t i = places; i-- > 0;) {  /* backwards: ends become starts, and slots of an expert stay in token order */
+        if (r->ids[i] == NO_EXPERT) continue;
         int32_t slot = --r->first_slot[r->ids[i]];
         r->slot_token[slot] = (int32_t)(i / r->top_k);
         r->slot_score[slot] = r->scores[i];
@@ -298,6 +301,7 @@ static void work(void *argument, size_t thread) {
 
 static int check_ids(const kt_moe *moe, const int64_t *ids, size_t n_tokens, size_t top_k) {
     for (size_t i = 0; i < n_tokens * top_k; i++) {
+        if (ids[i] == NO_EXPERT) continue;
         if (ids[i] < 0 || (uint64_t)ids[i] >= moe->experts) return KT_BAD_EXPERT;
         for (size_t j = i - i % top_k; j < i; j++)
             if (ids[j] == ids[i]) return KT_REPEATED_EXPERT;

@@ -49,7 +49,7 @@ def check(
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize("type", native.TYPES)
 def test_agrees_with_float64(pool, type, isa):
-    """Every number of tokens on every shape, with each routing on a third of the shapes.
+    """Every number of tokens on every shape, with each routing on a part of the shapes.
 
     Small results scatter around what a family rounds by: its bound is that of the root mean square over a shape.
     """
@@ -148,6 +148,44 @@ def test_any_size(pool, isa, data):
     scores = scores.abs()
     got = native.moe(pool, isa, made.weights, x, ids, scores)
     assert error(got, made.expected(x, ids, scores)) < FEW_VALUES[native.FAMILY[isa]]
+
+
+@pytest.mark.parametrize("isa", HERE)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_places_computed_elsewhere_change_no_bit(pool, isa, data):
+    """An expert of score 0, after all others, adds a zero to a finished sum: it stands in for a place without one."""
+    types = data.draw(st.sampled_from(taken(isa)))
+    many, top_k = cached_layer(types, 256, 512, "silu", True).weights, 2
+    tokens, tile_tokens = data.draw(st.sampled_from([1, 2, 8, 9, 40])), data.draw(st.integers(0, 4))
+    experts = N_EXPERTS - top_k  # the last ones stand in: one for each place of a row
+    kept = {name: getattr(many, name)[:experts] for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")}
+    ids, scores = route("random", experts, tokens, top_k, data.draw(st.integers(0, 99)))
+    bits = st.lists(st.booleans(), min_size=tokens * top_k, max_size=tokens * top_k)
+    elsewhere = torch.tensor(data.draw(bits)).view(tokens, top_k)
+    x = inputs(256, tokens)
+    expected = native.moe(
+        *(pool, isa, replace(many, tile_tokens=tile_tokens), x),
+        torch.where(elsewhere, torch.arange(experts, N_EXPERTS), ids),
+        scores.masked_fill(elsewhere, 0),
+    )
+    few = replace(many, experts=experts, tile_tokens=tile_tokens, **kept)
+    ids, scores = ids.masked_fill(elsewhere, -1), scores.masked_fill(elsewhere, torch.nan)
+    got = native.moe(pool, isa, few, x, ids, scores, torch.full_like(x, 5.0))
+    assert torch.equal(got, expected)
+    assert not got[elsewhere.all(1)].any()
+    for t in range(tokens if tokens <= 8 or not tile_tokens else 0):
+        row, remain = slice(t, t + 1), ~elsewhere[t]
+        assert torch.equal(native.moe(pool, isa, few, x[row], ids[row, remain], scores[row, remain]), got[row])
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_all_places_computed_elsewhere(pool, tokens, isa):
+    weights, x, _, _, _ = problem(taken(isa)[0], 256, 512, tokens, "random", "silu", True)
+    none = torch.full((tokens, 2 * N_EXPERTS), -1)  # more than there are experts
+    nan = torch.full(none.shape, torch.nan)
+    assert not native.moe(pool, isa, weights, x, none, nan, torch.full_like(x, 5.0)).any()
 
 
 @pytest.mark.parametrize("isa", HERE)

@@ -101,13 +101,13 @@ def test_no_tokens(pool):
         assert not native.moe(pool, isa, weights, x, *none, out=torch.full_like(x, 5.0)).any()
 
 
-@pytest.mark.parametrize("bad", [-1, N_EXPERTS, 2**40])
+@pytest.mark.parametrize("bad", [-2, -(2**63), N_EXPERTS, 2**40])
 def test_bad_expert_leaves_y_alone(pool, bad):
     weights, x, ids, scores, _ = problem(("f32",) * 3, 31, 33, 7, "random")
     ids = ids.clone()
     ids[-1, -1] = bad
     y = torch.full_like(x, 5.0)
-    with pytest.raises(ValueError, match=rf"{bad}.* allowed is \[0, {N_EXPERTS}\)"):
+    with pytest.raises(ValueError, match=rf"{bad}.* allowed is \[0, {N_EXPERTS}\) and -1"):
         native.moe(pool, "scalar", weights, x, ids, scores, out=y)
     assert (y == 5).all()
 
@@ -118,6 +118,7 @@ def test_repeated_expert_leaves_y_alone(pool, row, places, isa):
     weights, x, ids, scores, _ = problem(taken(isa)[0], 256, 512, 9, "random", "silu", True)
     ids = ids.clone()
     ids[row, places[1]] = ids[row, places[0]]
+    ids[1, :2] = -1
     y = torch.full_like(x, 5.0)
     with pytest.raises(ValueError, match="an expert appears twice among the experts of a token"):
         native.moe(pool, isa, weights, x, ids, scores, out=y)

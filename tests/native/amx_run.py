@@ -14,6 +14,7 @@ CASES = {  # types, hidden, width, tokens, routing: 2 x 2 and 1 x 2 blocks, edge
         (("bf16",) * 3, 100, 65, 17, "one expert"),
         (("q8_0", "iq4_nl", "bf16"), 1056, 64, 33, "one expert"),
         (("q4_k", "q4_k", "q6_k"), 256, 512, 20, "random"),
+        (("q8_0",) * 3, 288, 96, 33, "some elsewhere"),
         (("mxfp4", "q5_0", "mxfp4"), 96, 64, 16, "one expert"),
         (("fp8_block128",) * 3, 300, 129, 33, "some experts unused"),
         (("int8_row", "fp8_block128", "q6_k"), 257, 256, 24, "one expert"),
@@ -24,6 +25,7 @@ CASES = {  # types, hidden, width, tokens, routing: 2 x 2 and 1 x 2 blocks, edge
     "amx_int8": (
         (("int8_row",) * 3, 63, 65, 9, "one expert"),
         (("int8_row",) * 3, 257, 300, 33, "random"),
+        (("int8_row",) * 3, 300, 129, 33, "some elsewhere"),
         (("int8_row",) * 3, 4160, 64, 17, "one expert"),
     ),
 }

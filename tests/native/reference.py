@@ -12,7 +12,7 @@ from torch.nn import functional
 from ktcompile.backends import native
 
 TILES = ("amx", "amx_int8")
-ROUTINGS = ("random", "one expert", "some experts unused")
+ROUTINGS = ("random", "one expert", "some experts unused", "some elsewhere")
 RANDOM_BITS = ("q3_k", "q2_k", "iq4_nl", "iq4_xs", "mxfp4")
 """Types that nothing here quantises to: their blocks are random, but for scales that give weights their usual size."""
 HALF_FIELDS = {"q3_k": (108,), "q2_k": (80, 82), "iq4_nl": (0,), "iq4_xs": (0,)}  # byte offsets of a block's float16
@@ -112,7 +112,7 @@ class Layer:
     down: Tensor
 
     def expected(self, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
-        """float64 [T, H]"""
+        """float64 [T, H]; an id of -1 is no expert, and its score is not read."""
         weights = self.weights
         y = torch.zeros(x.shape, dtype=torch.float64)
         for e in range(weights.experts):
@@ -153,12 +153,20 @@ def layer(
 
 
 def route(kind: str, experts: int, tokens: int, top_k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """ids int64 [T, k], all different in a row, and scores float32 [T, k], some negative. "one expert" has k = 1."""
+    """ids int64 [T, k], all different in a row, and scores float32 [T, k], some negative. "one expert" has k = 1.
+
+    "some elsewhere": a third of the ids are -1, with scores of NaN.
+    """
     rng = np.random.default_rng(seed)
-    used = {"random": experts, "one expert": 1, "some experts unused": max(1, experts - 2)}[kind]
+    if kind not in ROUTINGS:
+        raise ValueError(f"no routing {kind!r}; there are {', '.join(ROUTINGS)}")
+    used = {"one expert": 1, "some experts unused": max(1, experts - 2)}.get(kind, experts)
     top_k = min(top_k, used)
     ids = rng.permuted(np.tile(np.arange(experts - used, experts), (tokens, 1)), axis=1)[:, :top_k]
     scores = rng.normal(0, 1, (tokens, top_k)).astype(np.float32)
+    if kind == "some elsewhere":
+        elsewhere = rng.random(ids.shape) < 1 / 3
+        ids, scores = np.where(elsewhere, -1, ids), np.where(elsewhere, np.float32("nan"), scores)
     return torch.from_numpy(np.ascontiguousarray(ids)), torch.from_numpy(scores)
 
 

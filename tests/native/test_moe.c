@@ -165,12 +165,12 @@ static float *random_floats(size_t n) {
     return values;
 }
 
-/* Different experts in a row; `used` of them in all. */
+/* Different experts in a row; `used` of them in all. Where a row has several, some are -1. */
 static int64_t *random_ids(size_t tokens, size_t top_k, size_t used) {
     int64_t *ids = make(tokens * top_k * sizeof(int64_t), sizeof(int64_t));
     for (size_t t = 0; t < tokens; t++) {
         size_t first = random_bits() % used;
-        for (size_t j = 0; j < top_k; j++) ids[t * top_k + j] = (int64_t)((first + j) % used);
+        for (size_t j = 0; j < top_k; j++) ids[t * top_k + j] = top_k > 1 && random_bits() % 4 == 0 ? -1 : (int64_t)((first + j) % used);
     }
     return ids;
 }

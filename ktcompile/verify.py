@@ -202,15 +202,26 @@ def _inputs(region: Region, known: dict[str, int]) -> list[Any]:
             angle = torch.rand(*shape[:-1], shape[-1] // 2, generator=torch.Generator().manual_seed(1)) * 6
             angle = torch.cat([angle, angle], -1)
             out.append((angle.cos() if role == "cos" else angle.sin()).to(value.dtype))
-        elif value.dtype == torch.bool:
+        elif value.dtype == torch.bool or role == "mask":
             out.append(None)  # the mask needs the tables
         else:
             out.append(torch.randn(shape, generator=generator).to(value.dtype))
     if tables:
         hidden = out[region.binding.roles["hidden"]]
-        mask = torch.ops.ktrans.ragged_mask(*_tables(tables), hidden[..., 0], PAGE)
-        out = [mask if o is None else o for o in out]
+        given = *_tables(tables), hidden[..., 0], PAGE
+        window = getattr(region.binding.shape, "window", None)
+        op = torch.ops.ktrans
+        mask = op.ragged_mask(*given) if window is None else op.ragged_window_mask(*given, window)
+        out = [_as_given(mask, n) if o is None else o for o, n in zip(out, region.inputs, strict=True)]
     return out
+
+
+def _as_given(mask: Tensor, node: fx.Node) -> Tensor:
+    """A mask in the type of `node`: a float is added to scores."""
+    dtype = value_of(node).dtype
+    if dtype == torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _tables(tables: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

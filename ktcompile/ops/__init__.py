@@ -5,10 +5,10 @@ the region keeps its captured body.
 """
 
 from ktcompile.folding import Site
-from ktcompile.ops import mla, moe, plain, router
+from ktcompile.ops import gqa, mla, moe, plain, router
 from ktcompile.ops.base import Binding, Bound, Op
 
-OPS: tuple[Op, ...] = (mla.OP, moe.OP, router.OP, *plain.OPS)
+OPS: tuple[Op, ...] = (mla.OP, gqa.OP, moe.OP, router.OP, *plain.OPS)
 """Tried in this order: the ops with hand kernels first."""
 
 BY_NAME = {op.name: op for op in OPS}

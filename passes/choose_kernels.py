@@ -22,6 +22,7 @@ class ChooseKernels(Pass):
     establishes = ("lowered",)
     moe: tuple[str, ...] = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar", "reference")
     mla: tuple[str, ...] = ("triton_planes", "triton_encoded", "triton", "encoded", "reference")
+    gqa: tuple[str, ...] = ("triton_gqa_planes", "triton_gqa", "encoded", "reference")
     linear: tuple[str, ...] = ("triton_linear", "encoded", "reference")
     mlp: tuple[str, ...] = ("triton_mlp", "encoded", "reference")
     other: tuple[str, ...] = ("encoded", "reference")
@@ -32,6 +33,7 @@ class ChooseKernels(Pass):
         lists = {
             "moe": self.moe,
             "mla": self.mla,
+            "gqa": self.gqa,
             "linear": self.linear,
             "mlp": self.mlp,
             "other": self.other,

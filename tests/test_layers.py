@@ -49,6 +49,7 @@ OWNERS = {
     "transformers": {"capture", "cache", "checkpoint", "layers", "model", "tokenizer", "generate"},
     "triton": {
         "backends.handover",
+        "backends.triton_gqa",
         "backends.triton_linear",
         "backends.triton_mla",
         "backends.triton_norm",

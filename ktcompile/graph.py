@@ -155,7 +155,7 @@ class Definition(Protocol):
     @property
     def roles(self) -> tuple[str, ...]: ...
     @property
-    def define(self) -> Callable[[Any, tuple[str, ...]], fx.Graph] | None: ...
+    def define(self) -> Callable[[Any, tuple[str, ...]], fx.Graph | None] | None: ...
 
 
 @dataclass(frozen=True)
@@ -282,20 +282,23 @@ class Region:
         """Let `kernel` run it, from weights packed as `layout`."""
         self.node.meta.update(kernel=kernel, layout=layout, packed_bytes=packed_bytes)
 
-    def unbind(self) -> None:
-        """Keep the captured code: no kernel of the op may take it."""
-        self.node.meta["binding"] = None
+    def unbind(self, binding: Any = None) -> None:
+        """Keep the captured code: kernels of the op may take it only for what `binding` still says."""
+        self.node.meta["binding"] = binding
 
     def define(self, op: "Definition", binding: Any) -> None:
-        """Run the op's own definition, on the inputs that have a role in it, instead of the captured code."""
-        if self.node.meta.get("defined"):
+        """Run the op's own definition, on the inputs that have a role in it, instead of the captured code.
+
+        A binding that does not say enough for that keeps the captured code.
+        """
+        assert op.define is not None
+        graph = None if self.node.meta.get("defined") else op.define(binding, tuple(self.weights))
+        if graph is None:
             return
-        leaves = tuple(self.weights)
         inputs = [self.inputs[binding.roles[role]] for role in op.roles]
         self.node.args = (*inputs, *self.weights.values())
         self.node.meta.update(defined=True, binding=replace(binding, roles={r: i for i, r in enumerate(op.roles)}))
-        assert op.define is not None
-        self.replace_body(fx.GraphModule(torch.nn.Module(), op.define(binding, leaves)))
+        self.replace_body(fx.GraphModule(torch.nn.Module(), graph))
 
     def replace_body(self, body: fx.GraphModule, binding: Any = None) -> None:
         """Give this region a body of its own, and a `binding` if that changed; others that shared it keep theirs."""

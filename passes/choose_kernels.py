@@ -25,6 +25,8 @@ class ChooseKernels(Pass):
     gqa: tuple[str, ...] = ("triton_gqa_planes", "triton_gqa", "encoded", "reference")
     linear: tuple[str, ...] = ("triton_linear", "encoded", "reference")
     mlp: tuple[str, ...] = ("triton_mlp", "encoded", "reference")
+    norm: tuple[str, ...] = ("triton_norm", "reference")
+    router: tuple[str, ...] = ("triton_router", "reference")
     other: tuple[str, ...] = ("encoded", "reference")
     ops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -36,10 +38,12 @@ class ChooseKernels(Pass):
             "gqa": self.gqa,
             "linear": self.linear,
             "mlp": self.mlp,
+            "norm": self.norm,
+            "router": self.router,
             "other": self.other,
             **self.ops,
         }
-        on_gpu = ("linear", "mlp")  # kernels of their own only there
+        on_gpu = ("linear", "mlp", "norm", "router")  # kernels of their own only there
         for key, names in lists.items():
             if unknown := [n for n in names if n not in kernels]:
                 raise OptionError(key, f"no kernel {unknown[0]!r}; {near(unknown[0], kernels)}")

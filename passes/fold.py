@@ -13,7 +13,8 @@ from ktcompile.verify import wrong_binding
 class Fold(Pass):
     """Fold each outermost module call that an op knows into one region, and what remains into glue.
 
-    What an op is said to mean is checked on random inputs; a region that differs keeps its captured code.
+    What an op is said to mean is checked on random inputs; a region that differs keeps its captured code. A norm is
+    then any norm, and a router one whose rule is unknown: both stay what they are.
     Assumes a captured graph: module paths, types and weight names on its nodes.
     """
 
@@ -32,6 +33,6 @@ class Fold(Pass):
             if key not in checked:
                 checked[key] = wrong_binding(region)
             if (why := checked[key]) is not None:
-                region.unbind()
+                region.unbind(OPS[region.op].undefined(region.binding))
                 ctx.skip(region, why)
         return folded

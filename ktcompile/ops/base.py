@@ -38,13 +38,18 @@ class Bound:
 
 @dataclass(frozen=True)
 class Op:
-    """A word of the vocabulary. `define(region, gm)` is its definition as a body, where it has kernels of its own."""
+    """A word of the vocabulary.
+
+    `define(binding, leaves)` is its definition as a body, where it has kernels of its own; None: the binding does not
+    say enough. `undefined(binding)` is what a binding still says where its definition is not what the code computes.
+    """
 
     name: str
     bind: Callable[[Site], Bound | None]
     doc: str
     roles: tuple[str, ...] = field(default=())
-    define: Callable[[Binding, tuple[str, ...]], fx.Graph] | None = None
+    define: Callable[[Binding, tuple[str, ...]], fx.Graph | None] | None = None
+    undefined: Callable[[Binding], Binding | None] = lambda binding: None
 
 
 def roles_of(site: Site, **nodes: fx.Node) -> dict[str, int]:

@@ -14,6 +14,7 @@ from ktcompile.backends.reference import plain_cost
 from ktcompile.backends.tile_tokens import tile_tokens
 from ktcompile.kernel import Prepared
 from ktcompile.ops.moe import PARAMETERS, MoeShape
+from ktcompile.symbols import Sizes, nbytes
 from ktcompile.target import cpu_features, default_threads
 from ktcompile.weights import Part, WeightSource, decode, each, pieces, values
 from ktcompile.weights.source import NATURAL_DTYPES
@@ -113,6 +114,13 @@ class CpuMoe(Kernel):
         matrices = sum(native.packed_bytes(types[m], *_size(shape, m)) for m in PARAMETERS)
         biases = 4 * sum(_size(shape, m)[0] for m in PARAMETERS) if shape.clamp else 0
         return int(shape.experts) * (matrices + biases)
+
+    def workspace_bytes(self, region: Region, sizes: Sizes) -> int:
+        shape, result = region.binding.shape, value_of(region.node)
+        made = nbytes(result, sizes)
+        tokens = made // (int(result.element_size()) * int(shape.hidden))
+        # x and y in fp32, x as the kernel reads it, and what every chosen expert has between its two products.
+        return made + 4 * tokens * int(3 * shape.hidden + shape.top_k * shape.width)
 
     def cost(self, region: Region, target: Target) -> Cost:
         return plain_cost(region, self.packed_bytes(region))

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, regions, value_of
 from ktcompile.backends import native
-from ktcompile.backends.reference import plain_cost
+from ktcompile.backends.reference import code_bytes, plain_cost
 from ktcompile.graph import remembered
+from ktcompile.symbols import Sizes, nbytes
 from ktcompile.verify import gib, used
 from ktcompile.weights import Part, TensorSpec, WeightSource, decode, each, size_of, values
 from ktcompile.weights.source import block_values
 
 # ------------------------------------------------------------------------------------------------ decoders
 # uint8 blocks [n, block bytes] to float32 [n, block values], on any device. Formats: ggml-quants.c of llama.cpp.
+# They compute in place: of temporaries as large as the result there is one.
 
 
 def _half(raw: Tensor) -> Tensor:
@@ -34,15 +36,16 @@ def _bits(raw: Tensor) -> Tensor:
 
 
 def _q8_0(b: Tensor) -> Tensor:
-    return _half(b[:, :2]) * b[:, 2:].view(torch.int8).float()
+    return b[:, 2:].view(torch.int8).float().mul_(_half(b[:, :2]))
 
 
 def _q4_0(b: Tensor) -> Tensor:
-    return _half(b[:, :2]) * (_nibbles(b[:, 2:]).flatten(1).float() - 8)
+    return _nibbles(b[:, 2:]).flatten(1).float().sub_(8).mul_(_half(b[:, :2]))
 
 
 def _q5_0(b: Tensor) -> Tensor:
-    return _half(b[:, :2]) * ((_nibbles(b[:, 6:]).flatten(1) | _bits(b[:, 2:6]) << 4).float() - 16)
+    q = (_nibbles(b[:, 6:]).flatten(1) | _bits(b[:, 2:6]) << 4).float()
+    return q.sub_(16).mul_(_half(b[:, :2]))
 
 
 def _scales(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,24 +59,23 @@ def _scales(raw: Tensor) -> tuple[Tensor, Tensor]:
 def _q4_k(b: Tensor) -> Tensor:
     scale, low = _scales(b[:, 4:16])
     q = _nibbles(b[:, 16:].view(-1, 4, 32)).flatten(1, 2).float()  # [n, 8, 32]
-    return (_half(b[:, :2])[..., None] * scale[..., None] * q - _half(b[:, 2:4])[..., None] * low[..., None]).flatten(1)
+    return q.mul_((_half(b[:, :2]) * scale)[..., None]).sub_((_half(b[:, 2:4]) * low)[..., None]).flatten(1)
 
 
 def _q5_k(b: Tensor) -> Tensor:
     scale, low = _scales(b[:, 4:16])
     shifts = torch.arange(8, device=b.device, dtype=torch.uint8)[:, None]
-    high = b[:, None, 16:48] >> shifts & 1  # [n, 8, 32]
-    q = (_nibbles(b[:, 48:].view(-1, 4, 32)).flatten(1, 2) | high << 4).float()
-    return (_half(b[:, :2])[..., None] * scale[..., None] * q - _half(b[:, 2:4])[..., None] * low[..., None]).flatten(1)
+    high = (b[:, None, 16:48] >> shifts & 1) << 4  # [n, 8, 32]
+    q = (_nibbles(b[:, 48:].view(-1, 4, 32)).flatten(1, 2) | high).float()
+    return q.mul_((_half(b[:, :2]) * scale)[..., None]).sub_((_half(b[:, 2:4]) * low)[..., None]).flatten(1)
 
 
 def _q6_k(b: Tensor) -> Tensor:
-    low = _nibbles(b[:, :128].view(-1, 2, 64)).flatten(1, 2)  # [n, 4, 64]
     shifts = torch.tensor([0, 2, 4, 6], device=b.device, dtype=torch.uint8)[:, None]
     high = (b[:, 128:192].view(-1, 2, 1, 32) >> shifts & 3).flatten(1, 2).view(-1, 4, 64)
-    q = (low | high << 4).view(torch.int8).float() - 32
+    q = (_nibbles(b[:, :128].view(-1, 2, 64)).flatten(1, 2) | high << 4).view(torch.int8).float().sub_(32)  # [n, 4, 64]
     scale = b[:, 192:208].contiguous().view(torch.int8).float()
-    return (_half(b[:, 208:210])[..., None] * scale[..., None] * q.view(-1, 16, 16)).flatten(1)
+    return q.view(-1, 16, 16).mul_((_half(b[:, 208:210]) * scale)[..., None]).flatten(1)
 
 
 DECODERS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
@@ -142,7 +144,7 @@ def wasteful(region: Region, target: Target) -> str | None:
         cache = used(region.graph_module).get(home, {}).get("cache", 0)
         memo["decoded", home] = sum(int(value_of(w).nbytes) for w in nodes), cache
     weights, cache = memo["decoded", home]
-    room = (target[home].capacity - cache) * 4 // 5  # the rest is for activations
+    room = (target[home].capacity - target[home].reserved - cache) * 4 // 5  # the rest is for activations
     return f"decoded, all weights of {home} are {gib(weights)} and fit" if weights <= room else None
 
 
@@ -222,6 +224,28 @@ def _decode(packed: Packed, name: str, part: Part, dtype: torch.dtype) -> Tensor
     return decode(raw, part.spec.encoding, packed.tensors[f"{name}/scale"]).to(dtype)
 
 
+DECODING_BYTES, FP8_DECODING_BYTES = 7, 12
+"""Temporaries for each value that is decoded at a time: q6_k's, the most of the decoders here, and those of FP8."""
+
+
+def decoding_bytes(region: Region) -> int:
+    """Most bytes that decoding all of a region's weights allocates, the values included. FP8 is decoded as a whole."""
+    kept = total = 0
+    for leaf, node in region.weights.items():
+        source = node.meta.get("source")
+        if leaf not in region.quantized and not keepable(source, node.meta["weight"]):
+            continue
+        codes = [region.quantized[leaf]] if leaf in region.quantized else str(node.meta["encoding"]).split("+")
+        count = int(value_of(node).numel())
+        chunks = [
+            DECODING_BYTES * min(count, CHUNK_BLOCKS * block_values(c)) if c in DECODERS else FP8_DECODING_BYTES * count
+            for c in codes
+        ]
+        kept += int(value_of(node).nbytes)
+        total = max(total, kept + max(chunks))
+    return total
+
+
 class Encoded(Kernel):
     """Decodes, then runs the captured code: slow, and as small as the file. For weights that would not fit decoded."""
 
@@ -240,6 +264,12 @@ class Encoded(Kernel):
 
     def packed_bytes(self, region: Region) -> int:
         return encoded_bytes(region)
+
+    def workspace_bytes(self, region: Region, sizes: Sizes) -> int:
+        results = value_of(region.node)
+        if region.op == "embed":  # decodes the rows that it looks up
+            return nbytes(results, sizes) * (3 + DECODING_BYTES // int(results.element_size()))
+        return max(decoding_bytes(region), code_bytes(region, sizes) + region.decoded_bytes)
 
     def cost(self, region: Region, target: Target) -> Cost:
         cost = plain_cost(region, self.packed_bytes(region))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
 from ktcompile.backends import native
-from ktcompile.backends.encoded import decoded, encoded_bytes, pack_encoded, wasteful
+from ktcompile.backends.encoded import decoded, decoding_bytes, encoded_bytes, pack_encoded, wasteful
 from ktcompile.backends.reference import Reference
 from ktcompile.backends.triton_linear import (
     Planes,
@@ -16,11 +16,28 @@ from ktcompile.backends.triton_linear import (
     pack_planes,
     planes_bytes,
     planes_refuses,
+    products_bytes,
     weight_of,
 )
 from ktcompile.backends.triton_mla import mla, mla_attend, unavailable
 from ktcompile.kernel import CONTEXT, TOKENS
 from ktcompile.ops.mla import role
+from ktcompile.symbols import PAGE, Sizes, concrete, nbytes
+
+PARTIAL_ROWS = 256 * 64
+"""Most rows of partial results: a program of 64 rows for each of 256 multiprocessors, more than any GPU has."""
+
+
+def attention_bytes(region: Region, sizes: Sizes) -> int:
+    """Bytes of everything that `mla` makes in one call, its result included: some of it is let go earlier."""
+    shape, roles = region.binding.shape, region.binding.roles
+    hidden, table = (value_of(region.inputs[roles[r]]) for r in ("hidden", "page_table"))
+    heads, size, pages = int(shape.heads), int(hidden.element_size()), concrete(table.shape[1], sizes)
+    tokens = nbytes(hidden, sizes) // (int(hidden.shape[-1]) * size)
+    context = PAGE * (pages if isinstance(pages, int) else 1)
+    inside = heads * int(shape.rope + 2 * shape.lora + 2 * shape.v)
+    partial = min(PARTIAL_ROWS, tokens * heads * max(1, context // 32))  # a part has two steps of 16 keys at least
+    return products_bytes(region, tokens, size) + tokens * inside * size + 4 * partial * int(shape.lora + 1)
 
 
 class TritonMLA(Kernel):
@@ -43,6 +60,9 @@ class TritonMLA(Kernel):
 
     def packed_bytes(self, region: Region) -> int:
         return Reference().packed_bytes(region)
+
+    def workspace_bytes(self, region: Region, sizes: Sizes) -> int:
+        return attention_bytes(region, sizes)
 
     def cost(self, region: Region, target: Target) -> Cost:
         shape, tokens = region.binding.shape, TOKENS
@@ -77,6 +97,9 @@ class TritonMLAEncoded(TritonMLA):
     def packed_bytes(self, region: Region) -> int:
         return encoded_bytes(region)
 
+    def workspace_bytes(self, region: Region, sizes: Sizes) -> int:
+        return max(decoding_bytes(region), region.decoded_bytes + attention_bytes(region, sizes))
+
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         return pack_encoded(parts, region, target)
 
@@ -98,6 +121,10 @@ class TritonMLAPlanes(TritonMLA):
 
     def packed_bytes(self, region: Region) -> int:
         return planes_bytes(region)
+
+    def workspace_bytes(self, region: Region, sizes: Sizes) -> int:
+        up = sum(int(value_of(w).nbytes) for leaf, w in region.weights.items() if role(leaf) == "kv_b_proj")
+        return up + attention_bytes(region, sizes)
 
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         return pack_planes(parts, region, target)

@@ -3,9 +3,13 @@
 from typing import Any
 
 import sympy
+import torch
 
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
+from ktcompile.fake import body_bytes
+from ktcompile.graph import remembered
 from ktcompile.kernel import TOKENS
+from ktcompile.symbols import Sizes, concrete, nbytes
 from ktcompile.weights import values
 
 
@@ -23,6 +27,9 @@ class Reference(Kernel):
     def packed_bytes(self, region: Region) -> int:
         return region.decoded_bytes
 
+    def workspace_bytes(self, region: Region, sizes: Sizes) -> int:
+        return code_bytes(region, sizes)
+
     def cost(self, region: Region, target: Target) -> Cost:
         return plain_cost(region, self.packed_bytes(region))
 
@@ -39,6 +46,30 @@ class Reference(Kernel):
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Any:
         return region.body(*inputs, *(packed.tensors[leaf] for leaf in region.leaves))
+
+
+def code_bytes(region: Region, sizes: Sizes) -> int:
+    """Most bytes that the region's code allocates at once, from a run on fake tensors of these sizes.
+
+    What an op of ours makes inside is not seen there: it counts as much again as the results. Only the results count
+    where a size is not known.
+    """
+    results = nbytes(value_of(region.node), sizes)
+    args = [_sized(value_of(n), sizes) for n in (*region.inputs, *region.weights.values())]
+    if any(isinstance(d, str) for a in args for d in (a[0] if isinstance(a, tuple) else (a,))):
+        return results
+    memo = remembered(region.graph_module)
+    key = "code", region.node.target, str(args)
+    if key not in memo:
+        memo[key] = body_bytes(region.body, args)
+    return int(memo[key]) + results
+
+
+def _sized(value: Any, sizes: Sizes) -> Any:
+    """(shape, dtype) of a tensor, or a number; text for a size that is not known."""
+    if isinstance(value, torch.Tensor):
+        return tuple(concrete(d, sizes) for d in value.shape), value.dtype
+    return concrete(value, sizes) if isinstance(value, (int, torch.SymInt)) else value
 
 
 def plain_cost(region: Region, nbytes: int) -> Cost:

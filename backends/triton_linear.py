@@ -33,6 +33,7 @@ from ktcompile.backends import native
 from ktcompile.backends.encoded import _quantized
 from ktcompile.backends.reference import plain_cost
 from ktcompile.backends.triton_mla import interpreted, processors_of, unavailable
+from ktcompile.symbols import Sizes, nbytes
 from ktcompile.weights import Part, WeightSource, values
 
 # Triton has no type information, and may be missing: `Any` starts and ends here.
@@ -587,6 +588,9 @@ GEMM_TOKENS = 16
 decoded copy would be written and read again, 7 times the bytes of 4-bit weights. Beyond, a product over a decoded copy
 is bound by arithmetic soon, and torch's is better at that."""
 
+PARTIAL_SUMS = 4 * 64 * 256
+"""Most partial sums a token: 64 rows of four programs on each of 256 multiprocessors, more than any GPU has."""
+
 
 def _constants(p: Planes) -> dict[str, Any]:
     f = p.format
@@ -778,6 +782,19 @@ def planes_bytes(region: Region) -> int:
     return total
 
 
+def products_bytes(region: Region, tokens: int, size: int) -> int:
+    """Most bytes that the products with a region's matrices make, for `tokens` tokens of `size` bytes a value.
+
+    All results, and beside them the largest matrix as values, or the partial sums of few tokens.
+    """
+    matrices = [value_of(w) for w in region.weights.values() if value_of(w).dim() == 2]
+    results = tokens * size * sum(int(m.shape[0]) for m in matrices)
+    if tokens > GEMM_TOKENS:
+        return results + max((size * int(m.numel()) for m in matrices), default=0)
+    partial = max((min(16 * int(m.shape[0]), PARTIAL_SUMS) for m in matrices), default=0)
+    return results + 4 * tokens * partial
+
+
 def pack_planes(parts: Parts, region: Region, target: Target) -> Packed:
     """Weights on the region's home: `leaf/plane` where they are quantised as a whole, else `leaf` in the compute type.
 
@@ -835,6 +852,13 @@ class TritonLinear(Kernel):
 
     def packed_bytes(self, region: Region) -> int:
         return planes_bytes(region)
+
+    def workspace_bytes(self, region: Region, sizes: Sizes) -> int:
+        x = value_of(region.inputs[0])
+        size = int(x.element_size())
+        tokens = nbytes(x, sizes) // (int(x.shape[-1]) * size)
+        inside = tokens * size * max(int(value_of(w).shape[-1]) for w in region.weights.values())  # the gated halves
+        return products_bytes(region, tokens, size) + inside
 
     def cost(self, region: Region, target: Target) -> Cost:
         return plain_cost(region, self.packed_bytes(region))

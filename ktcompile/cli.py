@@ -69,6 +69,9 @@ ContextSize = Annotated[
     int | None,
     typer.Option("--context", help="Most tokens of prompt and answers. Default: 4096, or what the model can."),
 ]
+Vram = Annotated[
+    str | None, typer.Option(help="Use at most this much of each GPU's memory (24G). Default: all that it has.")
+]
 Threads = Annotated[
     int | None, typer.Option("--cpu-threads", help="CPU threads. Default: all cores, from 8 on all but one.")
 ]
@@ -83,14 +86,16 @@ def _progress(what: str, *columns: ProgressColumn) -> Iterator[tuple[Progress, A
         yield bar, bar.add_task("", total=None)
 
 
-def _machine(gpu: str | None, ram: str | None, threads: int | None = None) -> "Target":
-    from ktcompile.target import detect, fake, with_sizes
+def _machine(gpu: str | None, ram: str | None, threads: int | None = None, vram: str | None = None) -> "Target":
+    from ktcompile.target import detect, fake, with_sizes, with_vram
 
     if gpu is None and ram is None:
-        return detect(threads)
-    if gpu is None or ram is None:
-        return with_sizes(detect(), gpu, ram)
-    return fake(None if gpu.lower() == "none" else gpu, ram)
+        found = detect(threads)
+    elif gpu is None or ram is None:
+        found = with_sizes(detect(), gpu, ram)
+    else:
+        found = fake(None if gpu.lower() == "none" else gpu, ram)
+    return found if vram is None else with_vram(found, vram)
 
 
 def _open(model: str | None, gguf: str | None) -> "Checkpoint":
@@ -128,6 +133,7 @@ def chat(
     rules: Rules = None,
     dtype: Dtype = None,
     context: ContextSize = None,
+    vram: Vram = None,
     packed_cache: PackedCache = None,
     cpu_threads: Threads = None,
 ) -> None:
@@ -146,7 +152,7 @@ def chat(
         min_p,
         seed,
     )
-    compiled = _load(checkpoint, target, start, experts, ranking, quantize, rules, dtype, context, packed_cache)
+    compiled = _load(checkpoint, target, start, experts, ranking, quantize, rules, dtype, context, packed_cache, vram)
     session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
     history = [{"role": "system", "content": system}] if system else []
     if text is not None:
@@ -166,6 +172,7 @@ def _load(
     dtype: str | None,
     context: int | None,
     packed_cache: str | None,
+    vram: str | None = None,
 ) -> Any:
     """The compiled model; what is done, how long it took since `start` and what is lossy goes to stderr."""
     import torch
@@ -183,6 +190,7 @@ def _load(
             dtype=dtype,
             context=context,
             target=target,
+            vram=vram,
             packed_cache=packed_cache,
             progress=lambda region, done, total: bar.update(task, completed=done, total=total, description=region),
         )
@@ -405,6 +413,7 @@ def explain(
     rules: Rules = None,
     dtype: Dtype = None,
     context: ContextSize = None,
+    vram: Vram = None,
 ) -> None:
     """Show on one page what will run where and why, before a weight is read."""
     from ktcompile.errors import RulesError
@@ -421,7 +430,7 @@ def explain(
         experts=experts,
         ranking=ranking,
         quantize=quantize,
-        target=_machine(gpu, ram),
+        target=_machine(gpu, ram, vram=vram),
         dtype=dtype,
         context=context,
     )

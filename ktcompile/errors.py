@@ -18,7 +18,11 @@ class PassError(KtransError):
 
 
 class CapacityError(PassError):
-    """The plan needs more bytes on a device than it has."""
+    """More bytes are needed on a device than it has: `excess` too many on `device`, where that is known."""
+
+    def __init__(self, text: str, device: str = "", excess: int = 0) -> None:
+        super().__init__(text)
+        self.device, self.excess = device, excess
 
 
 class KernelError(KtransError):

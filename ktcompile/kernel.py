@@ -10,7 +10,8 @@ import sympy
 from torch import Tensor
 
 from ktcompile.errors import KernelError
-from ktcompile.graph import Region
+from ktcompile.graph import Region, value_of
+from ktcompile.symbols import Sizes, nbytes
 from ktcompile.target import Target
 from ktcompile.weights import WeightSource
 
@@ -104,6 +105,13 @@ class Kernel(ABC):
     @abstractmethod
     def packed_bytes(self, region: Region) -> int:
         """Bytes that `pack` will need, known before a weight is read."""
+
+    def workspace_bytes(self, region: Region, sizes: Sizes) -> int:
+        """Most bytes that one call allocates at once, its results included. `sizes`: those of the planned step.
+
+        Default: the results alone.
+        """
+        return nbytes(value_of(region.node), sizes)
 
     @abstractmethod
     def cost(self, region: Region, target: Target) -> Cost:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, fx
@@ -13,21 +13,24 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ktcompile.budget import smallest_change
 from ktcompile.cache import PagedCache, windows
 from ktcompile.capture import annotate_weights, attention_of, capture, computed, empty_model
 from ktcompile.checkpoint import Checkpoint, open_checkpoint
-from ktcompile.errors import KtransError, RulesError
+from ktcompile.errors import CapacityError, KtransError, RulesError
 from ktcompile.graph import regions, short
 from ktcompile.kernel import Kernel, StepFacts
 from ktcompile.kernel import available as available_kernels
 from ktcompile.layers import NotEqual, first, layers_of, repeat
+from ktcompile.memory import Held, keep_to, peak_bytes
 from ktcompile.packed_cache import PackedCache, packed_folder
 from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_pass, near, shipped
 from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Step, Store, check_one_layout, lower
 from ktcompile.step_graph import NotCapturable, StepGraph
-from ktcompile.target import Target, default_threads, detect
+from ktcompile.symbols import sizes as symbol_sizes
+from ktcompile.target import Target, default_threads, detect, with_vram
 from ktcompile.weights import ImaginedSource, MixedSource, ModuleSource, WeightSource
 
 Phase = Literal["prefill", "decode"]
@@ -195,7 +198,7 @@ def run_pipeline(
     source: WeightSource | None = None,
 ) -> tuple[fx.GraphModule, list[Plan]]:
     """Run the passes; the plans after each pass if `every`, else the last one alone."""
-    ctx = Context(settings.target, source)
+    ctx = Context(settings.target, source, symbol_sizes(gm, tokens, settings.context))
     plans: list[Plan] = []
     kernels = available_kernels()
     last = settings.pipeline.passes[-1].name
@@ -219,7 +222,12 @@ def run_pipeline(
             )
         )
 
-    return settings.pipeline.run(gm, ctx, observe), plans
+    try:
+        return settings.pipeline.run(gm, ctx, observe), plans
+    except CapacityError as error:
+        change = smallest_change(error, gm, settings.pipeline, ctx, tokens, settings.context)
+        told = f"The smallest change that fits: {change}" if change else "No one change was found that fits"
+        raise CapacityError(f"{error}. {told}", error.device, error.excess) from error
 
 
 def explain(
@@ -264,10 +272,11 @@ class _Forward:
         self._recorded: WeakKeyDictionary[PagedCache, dict[int, StepGraph]] = WeakKeyDictionary()
         used = dict.fromkeys(m.kernel for p in phases.values() for m in p.gm.modules() if isinstance(m, Step))
         self._told = [kernel for kernel in used if type(kernel).begin is not Kernel.begin]
+        self._caches: WeakSet[PagedCache] = WeakSet()
 
     def new_cache(self, requests: int = 1) -> PagedCache:
         """An empty ragged cache for `requests` requests of up to `context` tokens each."""
-        return PagedCache(
+        made = PagedCache(
             self.config,
             requests=requests,
             context=self.settings.context,
@@ -275,6 +284,17 @@ class _Forward:
             device=self.pool_devices,
             ragged=True,
         )
+        self._caches.add(made)
+        return made
+
+    def memory(self, store: Store) -> dict[str, Held]:
+        """What the model holds on each device now, to compare with its plans."""
+        pools = dict.fromkeys((d.name for d in self.settings.target.devices), 0)
+        for cache in self._caches:
+            for device, pool in zip(self.pool_devices, cache.pools, strict=True):
+                pools[str(device)] += pool.nbytes
+        devices = self.settings.target.devices
+        return {d.name: Held(store.nbytes.get(d.name, 0), pools[d.name], peak_bytes(d.torch)) for d in devices}
 
     def step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
         """Logits `[len(keep), vocabulary]` of rows `keep` of a ragged step: ids and positions `[T]`, counts `[R]`."""
@@ -406,6 +426,7 @@ def load(
     target: Target | None = None,
     dtype: str | None = None,
     context: int | None = None,
+    vram: str | int | None = None,
     packed_cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
@@ -413,9 +434,10 @@ def load(
 
     `model`: a GGUF file, a folder, or None for the embedded one. `gguf`: the routed experts for a folder, and what it
     lacks. `experts`: keep that many of the router's top-k (lossy). `quantize`: fewer bits for the routed experts, made
-    while loading (lossy): `int4`, `int8`, …, or `GLOB=ENCODING,…`. `packed_cache`: a folder that keeps packed experts
+    while loading (lossy): `int4`, `int8`, …, or `GLOB=ENCODING,…`. `vram`: use at most so much of each GPU's memory
+    (`24G`); torch's allocator keeps to it in the whole process. `packed_cache`: a folder that keeps packed experts
     for the next start; `user` is the user's cache folder, `model` one beside the model. Besides the usual methods it
-    has `plans` (by phase), `step` and `new_cache`.
+    has `plans` (by phase), `step`, `new_cache` and `memory`.
     Raises ModelFileError, RulesError, CapacityError.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, gguf)
@@ -427,7 +449,7 @@ def load(
         experts=experts,
         ranking=ranking,
         quantize=quantize,
-        target=target,
+        target=target if vram is None else with_vram(target or detect(), vram),
         dtype=dtype,
         context=context,
     )
@@ -440,6 +462,8 @@ def load(
             gm, settings, checkpoint.name, phase, PLANNED_TOKENS[phase], source=checkpoint.source
         )
     check_one_layout(list(graphs.values()))
+    if vram is not None:
+        keep_to(settings.target)
     tables = {k: b for k, b in hollow.named_buffers() if not b.isnan().any()}  # what the model computed itself
     source = MixedSource(checkpoint.source, ModuleSource(tables))
     kept = (
@@ -452,7 +476,7 @@ def load(
     forward = _Forward(checkpoint.config, settings, phases, _pool_devices(graphs["decode"], settings.target))
     hollow.forward = torch.compiler.disable(forward.__call__)
     extra = {"plans": plans, "step": forward.step, "new_cache": forward.new_cache, "store": store, "phases": phases}
-    extra["graphs"] = forward.graphs
+    extra |= {"graphs": forward.graphs, "memory": lambda: forward.memory(store)}
     for name, value in extra.items():
         setattr(hollow, name, value)
     hollow.generation_config = checkpoint.generation

@@ -15,6 +15,7 @@ from torch import fx
 
 from ktcompile.errors import PassError, RulesError
 from ktcompile.graph import Region, propagate
+from ktcompile.symbols import Sizes
 from ktcompile.target import Target
 from ktcompile.verify import check
 from ktcompile.weights import WeightSource
@@ -39,10 +40,11 @@ class Note:
 
 @dataclass
 class Context:
-    """What every pass may read, and where it says why not."""
+    """What every pass may read, and where it says why not. `sizes`: those of the step that is planned."""
 
     target: Target
     weights: WeightSource | None = None
+    sizes: Sizes = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     losses: dict[str, None] = field(default_factory=dict)
     running: str = ""
@@ -131,9 +133,10 @@ class Pipeline:
             holds += [e for e in p.establishes if e not in holds]
             for name in ("typed", *holds):
                 try:
-                    check(name, gm, ctx.target)
+                    check(name, gm, ctx.target, ctx.sizes)
                 except PassError as error:
-                    raise type(error)(f"after {p.name}: {error}") from error
+                    error.args = (f"after {p.name}: {error}",)
+                    raise
             if _signature(gm) == before and len(ctx.notes) == told:
                 ctx.skip("", f"{p.name} changed nothing and gave no reason")
             if observe:

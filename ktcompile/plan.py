@@ -13,7 +13,8 @@ from torch import fx
 
 from ktcompile.graph import Region, argument, copies, device_of, is_copy, is_region, is_scalar, regions, value_of
 from ktcompile.kernel import CONTEXT, TOKENS, Kernel
-from ktcompile.symbols import concrete
+from ktcompile.memory import workspace
+from ktcompile.symbols import concrete, nbytes
 from ktcompile.symbols import sizes as symbol_sizes
 from ktcompile.target import Target
 from ktcompile.verify import gib, used
@@ -49,13 +50,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Use:
-    """What a device holds, in bytes, of what it can."""
+    """What a device holds, in bytes, of what it can. `workspace`: of a step (`ktcompile.memory`)."""
 
     device: str
     weights: int
     cache: int
     capacity: int
     regions: int
+    workspace: int = 0
+    driver: int = 0
+
+    @property
+    def total(self) -> int:
+        """All that it holds while a step runs."""
+        return self.weights + self.cache + self.workspace + self.driver
 
 
 @dataclass(frozen=True)
@@ -98,9 +106,10 @@ class Plan:
         width = max((len(u.device) for u in self.uses), default=0)
         for u in self.uses:
             plural = "s" * (u.regions != 1)
-            cache = f", cache {gib(u.cache)}" if u.cache else ""
-            parts = f"weights {gib(u.weights)} in {u.regions} region{plural}{cache}"
-            yield f"# {u.device:<{max(width, 6)}}  {gib(u.weights + u.cache)} of {gib(u.capacity)}: {parts}"
+            rest = {"cache": u.cache, "workspace": u.workspace, "driver": u.driver}
+            parts = f"weights {gib(u.weights)} in {u.regions} region{plural}"
+            parts += "".join(f", {use} {gib(count)}" for use, count in rest.items() if count)
+            yield f"# {u.device:<{max(width, 6)}}  {gib(u.total)} of {gib(u.capacity)}: {parts}"
         count = sum(r.op == "copy" for r in self.rows)
         if count:
             yield f"# copies  {gib(self.copied_bytes)} a step in {count} copies"
@@ -147,6 +156,7 @@ def make_plan(
         if is_region(n) or is_copy(n)
     )
     placed = used(gm) if all(r.device for r in regions(gm)) else {}
+    working = workspace(gm, sizes) if placed else {}
     uses = tuple(
         Use(
             d.name,
@@ -154,11 +164,13 @@ def make_plan(
             placed[d.name]["cache"],
             d.capacity,
             sum(r.home == d.name for r in regions(gm)),
+            working.get(d.name, 0),
+            d.reserved,
         )
         for d in target.devices
         if d.name in placed
     )
-    moved = sum(_nbytes(value_of(c), sizes) for c in copies(gm))
+    moved = sum(nbytes(value_of(c), sizes) for c in copies(gm))
     return Plan(
         model, phase, tokens, context, after, rows, uses, moved, tuple(group_notes(notes)), tuple(lossy), target.about
     )
@@ -206,7 +218,7 @@ def _row(
         copied, to = argument(node, 0), str(node.args[1])
         source = device_of(copied) or ""
         link = target.link(source, to)
-        nbytes = _nbytes(value_of(node), sizes)
+        moved = nbytes(value_of(node), sizes)
         return Row(
             names[node],
             str(names[node]),
@@ -215,9 +227,9 @@ def _row(
             (names[copied],),
             kind,
             "",
-            nbytes,
+            moved,
             "",
-            (nbytes / link.bandwidth + link.latency) * 1e6,
+            (moved / link.bandwidth + link.latency) * 1e6,
         )
     region = Region(node)
     reads = tuple(
@@ -261,14 +273,6 @@ def _type(value: Any, sizes: Mapping[str, int]) -> str:
     if isinstance(value, (tuple, list)):
         return ", ".join(_type(v, sizes) for v in value)
     return "" if value is None else str(value)
-
-
-def _nbytes(value: Any, sizes: Mapping[str, int]) -> int:
-    total = int(value.element_size())
-    for size in value.shape:
-        dim = concrete(size, sizes)
-        total *= dim if isinstance(dim, int) else 1
-    return total
 
 
 # ------------------------------------------------------------------------------------------------ text

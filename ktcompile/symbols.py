@@ -38,3 +38,16 @@ def concrete(size: Any, known: Sizes) -> int | str:
     symbols = {s: sympy.Symbol(s, integer=True) for s in known}
     value = sympy.sympify(str(size), locals=symbols).subs({symbols[s]: v for s, v in known.items()})
     return int(value) if value.is_number else str(value)
+
+
+def nbytes(value: Any, known: Sizes) -> int:
+    """Bytes of a tensor, or of all in a tuple; sizes that are not known count as 1, and numbers as nothing."""
+    if isinstance(value, (tuple, list)):
+        return sum(nbytes(v, known) for v in value)
+    if not isinstance(value, torch.Tensor):
+        return 0
+    total = int(value.element_size())
+    for size in value.shape:
+        dim = concrete(size, known)
+        total *= dim if isinstance(dim, int) else 1
+    return total

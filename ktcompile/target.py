@@ -12,6 +12,15 @@ import yaml
 
 from ktcompile.errors import RulesError
 
+CONTEXT_BYTES = 600 << 20
+"""What CUDA takes of a GPU before the first tensor: the driver's context and the code of kernels.
+
+It lies outside of torch's allocator. Nominal: `nvidia-smi` shows 400 to 600 MiB, by driver and GPU.
+"""
+
+LIBRARY_BYTES = 64 << 20
+"""cuBLAS' workspaces, in torch's allocator: 32 MiB (on Hopper; 8 MiB elsewhere) for each of the two streams in use."""
+
 _SUFFIX = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -20,7 +29,8 @@ class Device:
     """A place that holds weights and runs kernels.
 
     `capacity` in bytes, `bandwidth` of its memory in bytes/s, `flops` that matrix products reach, per second (nominal:
-    predictions use it, nothing else), `threads` for kernels on a CPU (0: all this process may use).
+    predictions use it, nothing else), `threads` for kernels on a CPU (0: all this process may use), `reserved` bytes
+    of the capacity that its driver and libraries take.
     """
 
     name: str
@@ -30,6 +40,7 @@ class Device:
     features: frozenset[str] = frozenset()
     flops: float = 1e12
     threads: int = 0
+    reserved: int = 0
 
     @property
     def torch(self) -> torch.device:
@@ -45,6 +56,7 @@ class Link:
     latency: float
 
 
+_RESERVED = CONTEXT_BYTES + LIBRARY_BYTES
 _PCIE = Link(bandwidth=25e9, latency=10e-6)
 
 
@@ -165,7 +177,8 @@ def detect(threads: int | None = None) -> Target:
         # memory_clock_rate is in kHz and counts one edge; both edges carry data.
         rate = getattr(props, "memory_clock_rate", 0) * 1e3 * 2 * getattr(props, "memory_bus_width", 0) / 8
         sm = f"sm{props.major}{props.minor}"
-        devices.append(Device(f"cuda:{i}", "cuda", props.total_memory, rate or 1e12, frozenset({sm}), 100e12))
+        name, capacity = f"cuda:{i}", props.total_memory
+        devices.append(Device(name, "cuda", capacity, rate or 1e12, frozenset({sm}), 100e12, reserved=_RESERVED))
     devices.append(Device("cpu", "cpu", memory(), _read_bandwidth(), cpu_features(), threads=threads or 0))
     return Target(tuple(devices))
 
@@ -190,7 +203,7 @@ def fake(gpu: str | int | None = "24G", ram: str | int = "512G") -> Target:
     cpu = Device("cpu", "cpu", size(ram), 250e9, frozenset({*avx, "amx_tile", "amx_bf16", "amx_int8"}))
     if gpu is None:
         return Target((cpu,), about="imagined: RAM at 250 GB/s, a CPU with AMX, no GPU")
-    card = Device("cuda:0", "cuda", size(gpu), 1e12, frozenset({"sm89"}), 100e12)
+    card = Device("cuda:0", "cuda", size(gpu), 1e12, frozenset({"sm89"}), 100e12, reserved=_RESERVED)
     return Target((card, cpu), about="imagined: GPU at 1 TB/s, RAM at 250 GB/s, a CPU with AMX, PCIe 4 x16")
 
 
@@ -206,6 +219,14 @@ def with_sizes(real: Target, gpu: str | None = None, ram: str | None = None) -> 
     told = [f"a GPU of {gpu} at 1 TB/s, PCIe 4 x16" if gpu and gpu.lower() != "none" else "no GPU" if gpu else ""]
     told.append(f"{ram} of RAM" if ram else "")
     return Target(tuple(devices), about=f"imagined: {', '.join(filter(None, told))}; the rest is this machine")
+
+
+def with_vram(target: Target, vram: str | int) -> Target:
+    """The target with at most `vram` bytes of each GPU's memory, for what is planned as for what is kept there."""
+    most = size(vram)
+    devices = tuple(replace(d, capacity=min(d.capacity, most)) if d.kind == "cuda" else d for d in target.devices)
+    told = f"at most {vram} of each GPU's memory" if target.main.kind == "cuda" else f"no GPU that {vram} would limit"
+    return replace(target, devices=devices, about="; ".join(filter(None, (target.about, told))))
 
 
 def load(path: Path | str) -> Target:

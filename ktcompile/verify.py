@@ -9,19 +9,20 @@ from torch import Tensor, fx
 
 from ktcompile.errors import CapacityError, PassError
 from ktcompile.graph import Region, device_of, is_copy, is_region, is_scalar, regions, value_of
+from ktcompile.memory import workspace
 from ktcompile.ops import BY_NAME
-from ktcompile.symbols import PAGE, concrete, sizes
+from ktcompile.symbols import PAGE, Sizes, concrete, sizes
 from ktcompile.target import Target
 
 
-def _typed(gm: fx.GraphModule, target: Target) -> None:
+def _typed(gm: fx.GraphModule, target: Target, sizes: Sizes) -> None:
     """Every value has a type."""
     for node in gm.graph.nodes:
         if node.op not in ("output", "placeholder", "get_attr") and "val" not in node.meta:
             raise PassError(f"{node.meta.get('path', node.name)} has no type")
 
 
-def _folded(gm: fx.GraphModule, target: Target) -> None:
+def _folded(gm: fx.GraphModule, target: Target, sizes: Sizes) -> None:
     """Nothing but regions, copies, and arithmetic on sizes."""
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr") or is_region(node) or is_copy(node) or is_scalar(node):
@@ -30,7 +31,7 @@ def _folded(gm: fx.GraphModule, target: Target) -> None:
             raise PassError(f"{node.name} ({node.target}) is in no region")
 
 
-def _placed(gm: fx.GraphModule, target: Target) -> None:
+def _placed(gm: fx.GraphModule, target: Target, sizes: Sizes) -> None:
     """Every region runs on, and lives at, a device of the target."""
     for region in regions(gm):
         for name in (region.device, region.home):
@@ -40,7 +41,7 @@ def _placed(gm: fx.GraphModule, target: Target) -> None:
                 )
 
 
-def _local(gm: fx.GraphModule, target: Target) -> None:
+def _local(gm: fx.GraphModule, target: Target, sizes: Sizes) -> None:
     """Every region reads values of its own device only, and a value crosses to a device at most once."""
     for region in regions(gm):
         for value in region.inputs:
@@ -78,18 +79,20 @@ def used(gm: fx.GraphModule) -> dict[str, dict[str, int]]:
     return out
 
 
-def _fits(gm: fx.GraphModule, target: Target) -> None:
-    """Weights and cache are within the capacity of every device."""
+def _fits(gm: fx.GraphModule, target: Target, sizes: Sizes) -> None:
+    """Weights, cache, workspace and what the driver takes are within the capacity of every device."""
+    working = workspace(gm, sizes)
     for name, uses in used(gm).items():
+        uses |= {"workspace": working.get(name, 0), "driver": target[name].reserved}
         capacity, total = target[name].capacity, sum(uses.values())
         if total <= capacity:
             continue
         big = sorted((r for r in regions(gm) if r.home == name), key=lambda r: -r.nbytes)[:3]
         raise CapacityError(
-            f"{name} needs {gib(total)} (weights {gib(uses['weights'])}, cache {gib(uses['cache'])}) and has "
-            f"{gib(capacity)}; the largest regions there: "
-            f"{', '.join(f'{r.name} {gib(r.nbytes)}' for r in big)}. Place some of them elsewhere, use a smaller "
-            "encoding, or shorten the context"
+            f"{name} needs {gib(total)} ({', '.join(f'{use} {gib(n)}' for use, n in uses.items() if n)}) and has "
+            f"{gib(capacity)}; the largest regions there: {', '.join(f'{r.name} {gib(r.nbytes)}' for r in big)}",
+            name,
+            total - capacity,
         )
 
 
@@ -102,14 +105,14 @@ def gib(nbytes: float) -> str:
     raise AssertionError
 
 
-def _lowered(gm: fx.GraphModule, target: Target) -> None:
+def _lowered(gm: fx.GraphModule, target: Target, sizes: Sizes) -> None:
     """Every region has a kernel."""
     for region in regions(gm):
         if region.kernel is None:
             raise PassError(f"{region.path} has no kernel")
 
 
-INVARIANTS: dict[str, Callable[[fx.GraphModule, Target], None]] = {
+INVARIANTS: dict[str, Callable[[fx.GraphModule, Target, Sizes], None]] = {
     "typed": _typed,
     "folded": _folded,
     "placed": _placed,
@@ -119,9 +122,9 @@ INVARIANTS: dict[str, Callable[[fx.GraphModule, Target], None]] = {
 }
 
 
-def check(name: str, gm: fx.GraphModule, target: Target) -> None:
-    """Raise PassError where invariant `name` does not hold."""
-    INVARIANTS[name](gm, target)
+def check(name: str, gm: fx.GraphModule, target: Target, sizes: Sizes) -> None:
+    """Raise PassError where invariant `name` does not hold for a step of these sizes."""
+    INVARIANTS[name](gm, target, sizes)
 
 
 # ------------------------------------------------------------------------------------------------ bindings

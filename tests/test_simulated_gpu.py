@@ -55,7 +55,7 @@ def gpu(capacity: int) -> Target:
 @cache
 def model(name: str) -> PreTrainedModel:
     """The embedded model in fp32, a context of 256: on the `cpu` alone, or on a GPU with much or little memory."""
-    target = {"cpu": Target((HOST,)), "decoded": gpu(1 << 30), "encoded": gpu(8 << 20), "planes": gpu(1 << 30)}[name]
+    target = {"cpu": Target((HOST,)), "decoded": gpu(1 << 30), "encoded": gpu(25 << 20), "planes": gpu(1 << 30)}[name]
     if name == "planes":
         return load(target=target, dtype="fp32", context=256)
     with TemporaryDirectory() as folder:
@@ -220,11 +220,12 @@ def test_more_memory_never_fits_less(tmp_path: Path) -> None:
     source = ImaginedSource({k: tuple(v.shape) for k, v in hollow("deepseek_v3").state_dict().items()}, "q8_0", 3)
     given = replace(base, source=source)
     rules = without_planes(tmp_path)
-    roomy = settings_for(given, target=fake(1 << 26), dtype="fp32", context=256, rules=rules)
+    driver = fake().main.reserved
+    roomy = settings_for(given, target=fake(driver + (1 << 26)), dtype="fp32", context=256, rules=rules)
     gm = capture_phase(hollow("deepseek_v3"), "decode", roomy, given)
 
     def weights(capacity: int) -> int:
-        settings = replace(roomy, target=fake(capacity))
+        settings = replace(roomy, target=fake(driver + capacity))
         return run_pipeline(gm, settings, "tiny", "decode", 1)[1][-1].uses[0].weights
 
     enough = weights(1 << 26) * 5 // 4  # decoded they are four fifths of this

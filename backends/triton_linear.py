@@ -1,25 +1,15 @@
 """linear and mlp on a GPU from weights in the bits of the file: Triton kernels over planes, repacked once.
 
-A GGUF block mixes scales and codes at odd offsets; a GPU wants 16 bytes a thread. So a matrix is kept as planes, each
-a contiguous tensor. All are made of units of 32 columns, for every encoding:
-
-    low        4 bits: 16 bytes a unit, byte i has column i in its low and column 16 + i in its high half
-               8 bits: 32 bytes a unit, a byte a column
-    high       1 bit: an int32 a unit, bit i of column i; 2 bits: two int32, bits 2 i of columns i and of 16 + i
-    scale      a byte for `group` columns (FP8: a float32 for 128 x 128 values), low_scale likewise for minima
-    d, dmin    float16 for `super` columns
-
-    value = d * scale * (code - offset) - dmin * low_scale
-
-Three ways to multiply, by the number of tokens: `_gemv` (sums in float32, no tensor cores), `_gemm` (weights rounded to
-the type of x in registers, tensor cores), and `dequantize` with torch's product. Nothing here waits for the device or
-reads a value on the host, so all but `planes` can be captured in a CUDA graph. Without Triton this module still
-imports; `unavailable()` of `triton_mla` says why nothing in it can run.
+Four ways to multiply, by the number of tokens: `dot` of triton_dot (one, in integers), `_gemv` (one, in float32: where
+x has 32 bits or codes are FP8), `_gemm` (weights rounded to the type of x in registers, tensor cores), and `dequantize`
+with torch's product. Nothing here waits for the device or reads a value on the host, so all but packing can be captured
+in a CUDA graph. Without Triton this module still imports; `unavailable()` of `triton_mla` says why nothing in it can
+run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -31,7 +21,9 @@ from torch.nn import functional
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
 from ktcompile.backends import native
 from ktcompile.backends.encoded import _quantized
+from ktcompile.backends.planes import FORMATS, UNIT, Planes, planes
 from ktcompile.backends.reference import plain_cost
+from ktcompile.backends.triton_dot import Vector, dot, vector
 from ktcompile.backends.triton_mla import interpreted, processors_of, unavailable
 from ktcompile.symbols import Sizes, nbytes
 from ktcompile.weights import Part, WeightSource, values
@@ -53,167 +45,6 @@ elif triton is not None:
 
 def _jit(kernel: Callable[..., Any]) -> Any:
     return kernel if triton is None else triton.jit(kernel)
-
-
-# ---------------------------------------------------------------------------------------------------------- formats
-
-UNIT = 32
-"""Columns a unit."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """How an encoding lies in planes."""
-
-    low: int  # bits a code in the plane `low`: 4 or 8
-    high: int  # bits more in the plane `high`: 0, 1 or 2
-    group: int  # columns that share a scale: 16, 32 or 128
-    super: int  # columns that share d; = group if there is no plane `scale`
-    has_min: bool
-    offset: int  # what is subtracted from a code
-    block_bytes: int  # in the file
-    block: int  # columns of these
-    float8: bool = False  # codes are e4m3, scales float32 for group x group values; no d
-
-    @property
-    def scaled(self) -> bool:
-        """Whether there is a plane `scale` of bytes."""
-        return self.super != self.group
-
-    def shapes(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-        """Shape and type of every plane of a matrix."""
-        units = -(-cols // UNIT)
-        found = {"low": ((rows, units * 4 * self.low), torch.uint8)}
-        if self.high:
-            found["high"] = ((rows, units * self.high), torch.int32)
-        if self.float8:
-            found["scale"] = ((-(-rows // self.group), -(-cols // self.group)), torch.float32)
-            return found
-        if self.scaled:
-            found["scale"] = ((rows, cols // self.group), torch.uint8 if self.has_min else torch.int8)
-        if self.has_min:
-            found["low_scale"] = ((rows, cols // self.group), torch.uint8)
-            found["dmin"] = ((rows, cols // self.super), torch.float16)
-        found["d"] = ((rows, cols // self.super), torch.float16)
-        return found
-
-    def nbytes(self, rows: int, cols: int) -> int:
-        """Bytes of all planes of a matrix."""
-        return sum(shape[0] * shape[1] * dtype.itemsize for shape, dtype in self.shapes(rows, cols).values())
-
-
-FORMATS: dict[str, Format] = {
-    "q4_k": Format(4, 0, 32, 256, True, 0, 144, 256),
-    "q5_k": Format(4, 1, 32, 256, True, 0, 176, 256),
-    "q6_k": Format(4, 2, 16, 256, False, 32, 210, 256),
-    "q8_0": Format(8, 0, 32, 32, False, 128, 34, 32),
-    "q5_0": Format(4, 1, 32, 32, False, 16, 22, 32),
-    "q4_0": Format(4, 0, 32, 32, False, 8, 18, 32),
-    "fp8_block128": Format(8, 0, 128, 128, False, 0, 1, 1, float8=True),
-}
-"""Encoding -> its planes. At most 2.8 % (q4_k) more than the file: its 6-bit scales take a byte each."""
-
-
-@dataclass(frozen=True)
-class Planes:
-    """A matrix `[rows, cols]` in planes, on one device."""
-
-    encoding: str
-    rows: int
-    cols: int
-    tensors: Mapping[str, Tensor]
-
-    @property
-    def format(self) -> Format:
-        return FORMATS[self.encoding]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
-
-
-CHUNK_VALUES = 1 << 24
-"""Values repacked at a time; temporaries are a few times as many bytes."""
-
-
-def planes(raw: Tensor, encoding: str, scale: Tensor | None = None, cols: int | None = None) -> dict[str, Tensor]:
-    """Planes of rows as stored, `[N, row bytes]` in one byte an element, where `raw` is; every bit is kept.
-
-    `scale`: float32 `[ceil(N / 128), ceil(K / 128)]`, for "fp8_block128" only. `cols`: K, where it is not all of the
-    rows. ValueError names an encoding that has no planes, rows that are not whole blocks, scales of another shape, and
-    FP8 codes that are NaN (the kernels' decoding has none).
-    """
-    if encoding not in FORMATS:
-        raise ValueError(f"no planes for {encoding!r}; there are some for {', '.join(FORMATS)}")
-    f = FORMATS[encoding]
-    if raw.dim() != 2 or raw.element_size() != 1 or raw.shape[1] % f.block_bytes:
-        raise ValueError(f"{encoding} rows must be bytes [N, n * {f.block_bytes}], not {list(raw.shape)} {raw.dtype}")
-    rows, cols = raw.shape[0], cols or raw.shape[1] // f.block_bytes * f.block
-    shapes = f.shapes(rows, cols)
-    if (scale is not None) != f.float8 or (scale is not None and tuple(scale.shape) != shapes["scale"][0]):
-        want = list(shapes["scale"][0]) if f.float8 else "no scales"
-        raise ValueError(f"{encoding} needs {want}, not {None if scale is None else list(scale.shape)}")
-    out = {name: torch.empty(shape, dtype=dtype, device=raw.device) for name, (shape, dtype) in shapes.items()}
-    if scale is not None:
-        out["scale"].copy_(scale)
-    step = max(1, CHUNK_VALUES // max(1, cols))
-    for at in range(0, rows, step):
-        part = raw[at : at + step].contiguous().view(torch.uint8)
-        for name, made in _repack(part, encoding).items():
-            to = out[name][at : at + step]
-            if made.shape[1] != to.shape[1]:  # FP8 rows that are no whole units
-                to.zero_()
-            to[:, : made.shape[1]] = made
-    return out
-
-
-def _repack(raw: Tensor, encoding: str) -> dict[str, Tensor]:
-    """Planes of a few rows, uint8 `[n, row bytes]`; of FP8 without its scales and padding."""
-    n, f = raw.shape[0], FORMATS[encoding]
-    if f.float8:
-        if bool(((raw & 0x7F) == 0x7F).any()):
-            raise ValueError("FP8 weights are NaN")
-        return {"low": raw}
-    b = raw.view(n, -1, f.block_bytes)
-    if encoding == "q8_0":
-        return {"low": (b[..., 2:] ^ 0x80).flatten(1), "d": _halves(b[..., :2])}
-    out: dict[str, Tensor] = {}
-    if encoding in ("q4_0", "q5_0"):  # a block is a unit, its nibbles lie as in `low`
-        out = {"low": b[..., -16:].flatten(1), "d": _halves(b[..., :2])}
-        if encoding == "q5_0":
-            out["high"] = b[..., 2:6].contiguous().view(torch.int32).flatten(1)
-        return out
-    shifts = torch.arange(8, device=raw.device, dtype=torch.uint8)
-    if encoding == "q6_k":
-        low = _nibbles(b[..., :128].reshape(n, -1, 2, 64))  # [n, blocks, 2, 2, 64]
-        pairs = b[..., 128:192].reshape(n, -1, 2, 1, 32) >> (2 * shifts[:4, None]) & 3  # [n, blocks, 2, 4, 32]
-        pairs = pairs.reshape(n, -1, 4) << 2 * shifts[:4]
-        out = {"scale": b[..., 192:208].flatten(1).view(torch.int8), "d": _halves(b[..., 208:210])}
-        out["high"] = pairs.sum(-1, dtype=torch.uint8).view(torch.int32)
-    else:
-        low = _nibbles(b[..., -128:].reshape(n, -1, 4, 32))  # [n, blocks, 4, 2, 32]
-        lo, hi, mixed = b[..., 4:16].reshape(n, -1, 3, 4).unbind(2)
-        out = {
-            "scale": torch.cat([lo & 63, mixed & 15 | lo >> 2 & 48], -1).flatten(1),
-            "low_scale": torch.cat([hi & 63, mixed >> 4 | hi >> 2 & 48], -1).flatten(1),
-            "d": _halves(b[..., :2]),
-            "dmin": _halves(b[..., 2:4]),
-        }
-        if encoding == "q5_k":
-            bits = (b[..., None, 16:48] >> shifts[:, None] & 1).reshape(n, -1, 8) << shifts
-            out["high"] = bits.sum(-1, dtype=torch.uint8).view(torch.int32)
-    codes = low.reshape(n, -1, 2, 16)
-    out["low"] = (codes[:, :, 0] | codes[:, :, 1] << 4).flatten(1)
-    return out
-
-
-def _halves(raw: Tensor) -> Tensor:
-    return raw.contiguous().view(torch.float16).flatten(1)
-
-
-def _nibbles(raw: Tensor) -> Tensor:
-    """`[..., b]` bytes to `[..., 2, b]`: low halves, then high halves."""
-    return torch.stack([raw & 15, raw >> 4], -2)
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -269,9 +100,9 @@ def _code(low: tensor, word: tensor, i: tensor, HALF: constexpr, LOW: constexpr,
     if LOW == 4:
         code = (code >> (4 * HALF)) & 15
     if HIGH == 1:
-        code |= ((word >> (i + 16 * HALF)) & 1) << 4
+        code |= ((word >> (8 * (i & 3) + (i >> 2) + 4 * HALF)) & 1) << 4
     if HIGH == 2:
-        code |= ((word >> (2 * i)) & 3) << 4
+        code |= ((word >> (8 * (i & 3) + 2 * (i >> 2))) & 3) << 4
     return code
 
 
@@ -691,12 +522,23 @@ def _few(x: Tensor, p: Planes, bias: Tensor | None) -> Tensor:
     return out
 
 
-def linear(x: Tensor, weight: Planes | Tensor, bias: Tensor | None = None) -> Tensor:
+def shared(x: Tensor) -> Tensor | Vector:
+    """`x [..., K]` for several calls of `linear`: what they all would make of it is made once."""
+    if x.numel() != x.shape[-1] or x.itemsize != 2:
+        return x
+    return vector(x.reshape(1, -1).contiguous())
+
+
+def linear(x: Tensor | Vector, weight: Planes | Tensor, bias: Tensor | None = None) -> Tensor:
     """`x [..., K]` times a weight `[N, K]` in planes, plus `bias [N]`: `[..., N]` in the type of x.
 
-    Sums are in float32; from two tokens on the weights are rounded to the type of x. A plain weight is torch's. Which
+    Sums are in float32, of one token of 16 bits in integers (`triton_dot`); from two tokens on the weights are rounded
+    to the type of x. A plain weight is torch's. `x`: also what `shared` made of it; the result is then `[1, N]`. Which
     kernel runs depends on shapes alone. RuntimeError without a GPU, ValueError if the shapes do not fit.
     """
+    words = None
+    if isinstance(x, Vector):
+        words, x = x, x.x
     if isinstance(weight, Tensor):
         return functional.linear(x, weight, bias)
     _check(weight, x)
@@ -709,6 +551,9 @@ def linear(x: Tensor, weight: Planes | Tensor, bias: Tensor | None = None) -> Te
         return x.new_empty(shape)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
+    if tokens == 1 and x.itemsize == 2 and not weight.format.float8:
+        count = processors_of(x.get_device()).count
+        return dot(words or vector(flat), weight, bias, count=count).view(shape)
     if tokens == 1:
         return _vector(flat, weight, bias).view(shape)
     if tokens <= GEMM_TOKENS and x.itemsize == 2:  # float32 has no tensor cores of its own
@@ -725,14 +570,14 @@ def gated(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
-    g, u = linear(x, gate), linear(x, up)
-    g, u = g.contiguous(), u.contiguous()
+    both = shared(x)
+    g, u = linear(both, gate).contiguous(), linear(both, up).contiguous()
     h = torch.empty_like(g)
     n = h.numel()
     if n:
         with torch.cuda.device(h.get_device()):
             _activate[(-(-n // 1024),)](g, u, h, n, ACTIVATION=activation, BLOCK=1024)
-    return linear(h, down)
+    return linear(h, down).view(x.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------- regions

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
-from statistics import median
-from typing import Any
 
 import torch
+from gpu_timing import copy_gb_s, graph_us
 
 from ktcompile.backends import triton_mla
 from ktcompile.backends.triton_mla import Tiles, choose_tiles, mla_attend, processors_of
@@ -28,8 +27,6 @@ from ktcompile.ops.mla import attend_reference
 HEADS, LORA, ROPE, PAGE, DTYPE = 128, 512, 64, 64, torch.bfloat16
 SCALE = (128 + ROPE) ** -0.5
 CASES = ((1, 1024), (1, 8192), (32, 1024), (32, 8192), (32, 32768))  # requests, context
-REPEATS = 50
-EVENT: Any = torch.cuda.Event  # untyped in torch
 OUT_OF_RESOURCES = () if triton_mla.triton is None else triton_mla.triton.runtime.OutOfResources
 
 
@@ -99,36 +96,6 @@ def decode(requests: int, context: int, tiles: Tiles, copy: float, scratch: torc
         off = max(off, float((out[r : r + 1].float() - want).norm() / want.norm()))
     measured = {"us": round(us, 1), "GB/s": round(gb_s), "of_copy": round(gb_s / copy, 3), "TFLOP/s": round(tflop_s)}
     return case | measured | {"error": float(f"{off:.1e}")}
-
-
-def graph_us(step: Callable[[], None], scratch: torch.Tensor) -> float:
-    """Median time of one replay of the captured step with a cold L2, in microseconds."""
-    step()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return median_us(graph.replay, scratch)
-
-
-def copy_gb_s(scratch: torch.Tensor) -> float:
-    """Bytes read and written by a copy of 1 GiB, per second."""
-    source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_us(lambda: target.copy_(source), scratch) / 1e3
-
-
-def median_us(run: Callable[[], object], scratch: torch.Tensor) -> float:
-    times = []
-    for i in range(REPEATS + 5):
-        scratch.fill_(i)
-        begin, end = EVENT(enable_timing=True), EVENT(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(float(begin.elapsed_time(end)) * 1e3)
-    return median(times[5:])
 
 
 if __name__ == "__main__":

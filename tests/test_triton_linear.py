@@ -9,21 +9,22 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_triton_mla import Recorder
 from torch import Tensor, fx
 from torch.nn import functional
 
 from ktcompile import Call, Device, Parts, Region, Target
-from ktcompile.backends import native
+from ktcompile.backends import native, triton_dot
 from ktcompile.backends import triton_linear as kernels
 from ktcompile.backends.encoded import DECODERS, decode_rows
-from ktcompile.backends.triton_linear import FORMATS, Planes, VectorTiles
+from ktcompile.backends.planes import FORMATS, Planes, planes
+from ktcompile.backends.triton_linear import VectorTiles
 from ktcompile.backends.triton_mla import Processors
 from ktcompile.ops.base import Binding
 from ktcompile.weights import GGUFSource, decode, values
@@ -40,7 +41,7 @@ def make(encoding: str, rows: int, cols: int, seed: int = 0) -> tuple[Planes, Te
     made = native.quantize(w, encoding)
     raw, scale = made if isinstance(made, tuple) else (made, None)
     want = decode_rows(raw, encoding) if encoding in DECODERS else decode(raw, encoding, scale)
-    tensors = kernels.planes(raw.to(DEVICE), encoding, None if scale is None else scale.to(DEVICE), cols)
+    tensors = planes(raw.to(DEVICE), encoding, None if scale is None else scale.to(DEVICE), cols)
     return Planes(encoding, rows, cols, tensors), want.to(DEVICE)
 
 
@@ -67,7 +68,7 @@ def inside_canaries(t: Tensor) -> Tensor:
 @ALL
 @pytest.mark.parametrize("rows", [1, 131])
 def test_planes_are_exact(encoding: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "CHUNK_VALUES", 5000)  # in many pieces
+    monkeypatch.setattr("ktcompile.backends.planes.CHUNK_VALUES", 5000)  # in many pieces
     cols = odd(encoding)
     p, want = make(encoding, rows, cols)
     got = kernels.dequantize(p, torch.float32)
@@ -149,11 +150,11 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"x must be floating \[\.\.\., 64\]"):
         kernels.linear(torch.zeros(1, 32), p)
     with pytest.raises(ValueError, match="no planes for 'iq4_xs'"):
-        kernels.planes(torch.zeros(1, 136, dtype=torch.uint8), "iq4_xs")
+        planes(torch.zeros(1, 136, dtype=torch.uint8), "iq4_xs")
     with pytest.raises(ValueError, match=r"q4_0 rows must be bytes \[N, n \* 18\]"):
-        kernels.planes(torch.zeros(1, 17, dtype=torch.uint8), "q4_0")
+        planes(torch.zeros(1, 17, dtype=torch.uint8), "q4_0")
     with pytest.raises(ValueError, match="FP8 weights are NaN"):
-        kernels.planes(torch.full((1, 32), 255, dtype=torch.uint8), "fp8_block128", torch.ones(1, 1))
+        planes(torch.full((1, 32), 255, dtype=torch.uint8), "fp8_block128", torch.ones(1, 1))
     with pytest.raises(ValueError, match="no activation 'relu'"):
         kernels.gated(torch.zeros(1, 64), p, p, p, "relu")
 
@@ -246,42 +247,12 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=root, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    each = ["_gemv", "_gemm", "_add_splits", "_dequantize"]
-    assert [line.split()[0] for line in lines] == each * len(FORMATS) + ["_activate"] * 3, lines
+    few = ["_gemm", "_add_splits", "_dequantize"]
+    each = [name for f in FORMATS.values() for name in (*(["_gemv"] if f.float8 else ["_quantize", "_dot"]), *few)]
+    assert [line.split()[0] for line in lines] == each + ["_activate"] * 3, lines
     found = [line.split() for line in lines]
     assert all(mma in ("wgmma", "mma") for name, _, mma in found if name == "_gemm"), lines
     assert all(int(shared) <= 227 << 10 for _, shared, _ in found), lines
-
-
-class Recorder:
-    """Stands in for a kernel: prints how the compiler takes a launch instead of launching."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
-        return self
-
-    def __call__(self, *arguments: Any, num_warps: int = 4, **constants: Any) -> None:
-        compiler, targets = import_module("triton.compiler"), import_module("triton.backends.compiler")
-        dtypes = {
-            "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "uint8": "*u8", "int8": "*i8",
-        }  # fmt: skip
-        signature, attributes = {}, {}
-        for i, name in enumerate(self.kernel.arg_names):
-            if name in constants:
-                signature[name] = "constexpr"
-                continue
-            value = arguments[i]
-            tensor = isinstance(value, Tensor)
-            signature[name] = dtypes[str(value.dtype).removeprefix("torch.")] if tensor else "i32"
-            if tensor or value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        source = compiler.ASTSource(self.kernel, signature, constants, attributes)
-        target = targets.GPUTarget("cuda", 90, 32)
-        built = kernels.triton.compile(source, target=target, options={"num_warps": num_warps})
-        mma = next((m for m in ("wgmma", "mma") if f"{m}." in built.asm["ptx"]), "-")
-        print(self.kernel.__name__, built.metadata.shared, mma)
 
 
 def compile_for_hopper() -> None:
@@ -289,6 +260,9 @@ def compile_for_hopper() -> None:
     here: Any = kernels
     for name in ("_gemv", "_gemm", "_add_splits", "_dequantize", "_activate"):
         setattr(here, name, Recorder(getattr(here, name)))
+    for name in ("_quantize", "_dot"):
+        setattr(triton_dot, name, Recorder(getattr(triton_dot, name)))
+    triton_dot.interpreted = lambda: False
     here.unavailable = lambda: None
     here.interpreted = lambda: False
     here.processors_of = lambda device: Processors(132, 227 << 10)

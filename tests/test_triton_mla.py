@@ -341,11 +341,12 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
     """Every kernel, with the arguments a DeepSeek-V3 step and a tiny one launch it with; no GPU is needed."""
     code = "import test_triton_mla as t; t.compile_for_hopper()"
     lines = run_here(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
-    assert [line.split()[0] for line in lines] == ["_copy_rows", "_write_rows", "_attend", "_merge"] * 2 + [
-        "_attend"
+    assert [line.split()[0] for line in lines] == [
+        *["_copy_rows", "_write_rows", "_attend", "_merge"] * 3,
+        "_attend",
     ], lines
     attends = [line.split() for line in lines if line.startswith("_attend")]
-    assert [mma for *_, mma in attends] == ["wgmma", "mma", "wgmma"], lines
+    assert [mma for *_, mma in attends] == ["wgmma", "mma", "wgmma", "wgmma"], lines
     assert all(int(shared) <= H100.shared_bytes for _, shared, _ in attends), lines
 
 
@@ -361,6 +362,8 @@ class Recorder:
     def __call__(self, *arguments: Any, num_warps: int = 4, **constants: Any) -> None:
         compiler, targets = import_module("triton.compiler"), import_module("triton.backends.compiler")
         dtypes = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
+        dtypes |= {"float8_e4m3fn": "*fp8e4nv"}
+        dtypes |= {"uint8": "*u8", "int8": "*i8"}
         signature, attributes = {}, {}
         for i, name in enumerate(self.kernel.arg_names):
             if name in constants:
@@ -391,9 +394,15 @@ def compile_for_hopper() -> None:
     here.interpreted = lambda: False
     here.processors_of = lambda device: H100
     deepseek = MLAShape(128, 128, 64, 128, 512, 0.1, True, 1e-6)
-    for shape, n, page, dtype in ((deepseek, 1, 64, torch.bfloat16), (SHAPE, 2, 16, torch.float16)):
+    for shape, n, page, dtype, fp8 in (
+        (deepseek, 1, 64, torch.bfloat16, False),
+        (SHAPE, 2, 16, torch.float16, False),
+        (deepseek, 1, 16, torch.bfloat16, True),
+    ):
         width = shape.lora + shape.rope
         step = make_step([(2000, 1)] * n, width, page, dtype)
+        if fp8:
+            step = replace(step, pool=torch.zeros(*step.pool.shape[:2], width + shape.rope, dtype=torch.uint8))
         kernels.latent_append(*step.cache, randn(n, width, dtype=dtype))
         q_rope, angle = randn(n, shape.heads, shape.rope, dtype=dtype), randn(n, shape.rope, dtype=dtype)
         norm, kv = randn(shape.lora, dtype=dtype), randn(n, width, dtype=dtype)

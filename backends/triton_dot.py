@@ -1,0 +1,331 @@
+"""One token times a matrix in planes, in integers: four products an instruction instead of one.
+
+x becomes integers of 16 bits with a scale for each unit of 32 columns, kept as two bytes (high signed, low not), once
+for all matrices that it meets; codes are bytes as they come out of the planes by a shift and a mask. `dp4a` multiplies
+four codes with four bytes and adds; a unit's sum is scaled once. The rounding of x, 2^-16 of the largest of its 32, is
+far below that of bfloat16. In float32 the same loop takes more instructions than the memory leaves time for.
+
+Nothing here waits for the device. Without Triton this module still imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ktcompile.backends.planes import UNIT, Planes
+from ktcompile.backends.triton_mla import interpreted
+
+# Triton has no type information, and may be missing: `Any` starts and ends here.
+try:
+    triton: Any = import_module("triton")
+    tl: Any = import_module("triton.language")
+except ImportError:
+    triton = tl = None
+
+# The compiler looks the annotations of a kernel up among the globals, and accepts only names of Triton's.
+if TYPE_CHECKING:
+    from typing import Any as constexpr
+    from typing import Any as tensor
+elif triton is not None:
+    constexpr, tensor = tl.constexpr, tl.tensor
+
+
+def _jit(kernel: Callable[..., Any]) -> Any:
+    return kernel if triton is None else triton.jit(kernel)
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+# Of x as integers there are, by units, in one buffer of int32: 8 words of high bytes, then of all units 8 words of low
+# bytes, then a scale, then the sums of both halves (float32).
+
+_WORDS = 19  # of x a unit
+
+
+@_jit
+def _quantize(
+    x: tensor,  # [COLS]
+    words: tensor,
+    COLS: constexpr,
+    UNITS: constexpr,
+) -> None:
+    """Program: UNITS units. A unit with a value that is not finite gets a scale that is not: its products show it."""
+    ALL: constexpr = (COLS + 31) // 32
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    column = unit[:, None, None] * 32 + tl.arange(0, 2)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
+    v = tl.load(x + column, mask=column < COLS, other=0.0).to(tl.float32)
+    most = tl.max(tl.max(tl.abs(v), 2), 1)
+    scale = most / 32767.0 + tl.sum(tl.sum(v - v, 2), 1)
+    inverse = 32767.0 / tl.maximum(most, 1e-30)
+    n = tl.floor(v * inverse[:, None, None] + 0.5).to(tl.int32)
+    inside = unit < ALL
+    at = words.to(tl.pointer_type(tl.int8)) + column
+    tl.store(at, (n >> 8).to(tl.int8), mask=inside[:, None, None])
+    tl.store(at + ALL * 32, (n & 255).to(tl.uint8).to(tl.int8, bitcast=True), mask=inside[:, None, None])
+    floats = words.to(tl.pointer_type(tl.float32)) + ALL * 16
+    tl.store(floats + unit, scale, mask=inside)
+    half = ALL + unit[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(floats + half, tl.sum(n, 2).to(tl.float32) * scale[:, None], mask=inside[:, None])
+
+
+@_jit
+def _byte(word: tensor, i: constexpr, SIGNED: constexpr) -> tensor:
+    found = (word >> (8 * i)) & 255
+    if SIGNED:
+        found = (found ^ 128) - 128
+    return found
+
+
+@_jit
+def _dp4a(codes: tensor, x: tensor, add: tensor, SIGNED: constexpr, EMULATE: constexpr) -> tensor:
+    """`add` plus four unsigned bytes of `codes` times four bytes of `x`."""
+    if EMULATE:
+        for i in tl.static_range(4):
+            add = add + _byte(codes, i, False) * _byte(x, i, SIGNED)
+        return add
+    if SIGNED:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, add], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return tl.inline_asm_elementwise(
+        "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, add], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@_jit
+def _products(
+    a: tensor,  # [ROWS, WARP_ROWS, UNITS, 4] words of codes
+    x_high: tensor,  # [1, WARP_ROWS, UNITS, 4] words
+    x_low: tensor,
+    high: tensor,  # what is added to
+    low: tensor,
+    EMULATE: constexpr,
+) -> tensor:
+    """Of 16 columns, by words: `high` plus codes times high bytes of x, `low` plus codes times low bytes."""
+    return _dp4a(a, x_high, high, True, EMULATE), _dp4a(a, x_low, low, False, EMULATE)
+
+
+@_jit
+def _joined(high: tensor, low: tensor) -> tensor:
+    """The sum over the words: int32, at most 255 * 2^15 * 32."""
+    return tl.sum(high, 3) * 256 + tl.sum(low, 3)
+
+
+@_jit
+def _load(
+    low: tensor,
+    high: tensor,
+    scale: tensor,
+    low_scale: tensor,
+    d: tensor,
+    dmin: tensor,
+    at: tensor,  # [ROWS, WARP_ROWS, 1]
+    unit: tensor,  # [UNITS]
+    COLS: constexpr,
+    LOW: constexpr,
+    HIGH: constexpr,
+    GROUP: constexpr,
+    SUPER: constexpr,
+    MINIMA: constexpr,
+) -> tensor:
+    """All there is of a unit of each row, as stored; what the format has not is one of the others again."""
+    ALL: constexpr = (COLS + 31) // 32
+    inside = unit < ALL
+    # Not a mask: a thread shall load the scales of its own unit, not a vector of its neighbours'.
+    safe = tl.where(inside, unit, 0)[None, None, :]
+    word = low.to(tl.pointer_type(tl.int32)) + (at * (ALL * LOW) + (unit * LOW)[None, None, :])[:, :, :, None]
+    word += tl.arange(0, 4)[None, None, None, :]
+    a = tl.load(word, mask=inside[None, None, :, None], other=0)
+    b = a
+    if LOW == 8:
+        b = tl.load(word + 4, mask=inside[None, None, :, None], other=0)
+    super_at = at * (COLS // SUPER) + safe * 32 // SUPER
+    factor = tl.load(d + super_at)
+    minimum = factor
+    if MINIMA:
+        minimum = tl.load(dmin + super_at)
+    if HIGH == 1:
+        bits_a = tl.load(high + at * ALL + safe)
+        bits_b = bits_a
+    elif HIGH == 2:
+        bits_a = tl.load(high + at * (ALL * 2) + safe * 2)
+        bits_b = tl.load(high + at * (ALL * 2) + safe * 2 + 1)
+    else:
+        bits_a = safe
+        bits_b = safe
+    if GROUP == 16:  # two scales a unit
+        first = tl.load(scale + at * (COLS // 16) + safe * 2)
+        second = tl.load(scale + at * (COLS // 16) + safe * 2 + 1)
+    elif SUPER != GROUP:
+        first = tl.load(scale + at * (COLS // GROUP) + safe * 32 // GROUP)
+        second = tl.load(low_scale + at * (COLS // GROUP) + safe * 32 // GROUP)
+    else:
+        first = factor
+        second = factor
+    return a, b, bits_a, bits_b, factor, minimum, first, second
+
+
+@_jit
+def _dot(
+    words: tensor,  # x, as `_quantize` leaves it
+    low: tensor,
+    high: tensor,
+    scale: tensor,
+    low_scale: tensor,
+    d: tensor,
+    dmin: tensor,
+    bias: tensor,  # [rows], or unused
+    out: tensor,  # [rows]
+    rows: tensor,
+    COLS: constexpr,
+    LOW: constexpr,
+    HIGH: constexpr,
+    GROUP: constexpr,
+    SUPER: constexpr,
+    OFFSET: constexpr,
+    MINIMA: constexpr,
+    BIAS: constexpr,
+    ROWS: constexpr,
+    WARP_ROWS: constexpr,
+    UNITS: constexpr,
+    EMULATE: constexpr,
+) -> None:
+    """A program sums ROWS * WARP_ROWS rows. A thread has one unit of ROWS rows at a time: 16 bytes a load, and all
+    that belongs to it, so that nothing crosses threads before the end of the loop. The next step's unit is loaded
+    before this one's is multiplied: memory has work all the time.
+
+    Shapes are chosen for that: the compiler gives a thread up to 16 bytes along the last axis, a warp up to 32 units,
+    the other warps WARP_ROWS. x has an axis WARP_ROWS too, else it would be spread over all warps.
+    """
+    zero = tl.zeros([WARP_ROWS], tl.int32)[None, :, None]
+    row = tl.program_id(0) * (ROWS * WARP_ROWS) + tl.arange(0, ROWS)[:, None] * WARP_ROWS
+    row = row + tl.arange(0, WARP_ROWS)[None, :]  # [ROWS, WARP_ROWS]
+    at = tl.minimum(row, rows - 1)[:, :, None]  # the last row again instead of one beyond
+    total = tl.zeros([ROWS, WARP_ROWS, UNITS], tl.float32)
+    ALL: constexpr = (COLS + 31) // 32
+    four = tl.arange(0, 4)[None, None, None, :]
+    floats = words.to(tl.pointer_type(tl.float32)) + ALL * 16
+    a, b, bits_a, bits_b, factor, minimum, first, second = _load(
+        low, high, scale, low_scale, d, dmin, at, tl.arange(0, UNITS), COLS, LOW, HIGH, GROUP, SUPER, MINIMA
+    )
+    for begin in range(0, ALL, UNITS):
+        next_a, next_b, next_bits_a, next_bits_b, next_factor, next_minimum, next_first, next_second = _load(
+            low, high, scale, low_scale, d, dmin, at, begin + UNITS + tl.arange(0, UNITS),
+            COLS, LOW, HIGH, GROUP, SUPER, MINIMA,
+        )  # fmt: skip
+        unit = begin + tl.arange(0, UNITS)
+        inside = (unit < ALL)[None, None, :]
+        ok = inside[:, :, :, None]
+        if LOW == 4:
+            b = (a >> 4) & 0x0F0F0F0F
+            a = a & 0x0F0F0F0F
+        if HIGH == 1:
+            bits = bits_a[:, :, :, None] >> four
+            a |= (bits & 0x01010101) << 4
+            b |= bits & 0x10101010
+        if HIGH == 2:
+            a |= ((bits_a[:, :, :, None] >> (2 * four)) & 0x03030303) << 4
+            b |= ((bits_b[:, :, :, None] >> (2 * four)) & 0x03030303) << 4
+
+        of_x = words + (zero + (unit * 8)[None, None, :])[:, :, :, None] + four
+        none = tl.zeros_like(a)
+        high_a, low_a = _products(
+            a, tl.load(of_x, mask=ok, other=0), tl.load(of_x + ALL * 8, mask=ok, other=0), none, none, EMULATE
+        )
+        x_high, x_low = tl.load(of_x + 4, mask=ok, other=0), tl.load(of_x + (ALL * 8 + 4), mask=ok, other=0)
+
+        of_unit = zero + tl.where(inside, unit[None, None, :], 0)  # [1, WARP_ROWS, UNITS]; see `_load`
+        step = tl.where(inside, tl.load(floats + of_unit), 0.0)
+        sum_a = tl.where(inside, tl.load(floats + ALL + of_unit * 2), 0.0)
+        sum_b = tl.where(inside, tl.load(floats + (ALL + 1) + of_unit * 2), 0.0)
+        if GROUP == 16:
+            high_b, low_b = _products(b, x_high, x_low, none, none, EMULATE)
+            product = first.to(tl.float32) * (_joined(high_a, low_a).to(tl.float32) * step - OFFSET * sum_a)
+            product += second.to(tl.float32) * (_joined(high_b, low_b).to(tl.float32) * step - OFFSET * sum_b)
+            total += factor.to(tl.float32) * product
+        else:
+            high_b, low_b = _products(b, x_high, x_low, high_a, low_a, EMULATE)
+            sum_x = sum_a + sum_b
+            product = factor.to(tl.float32) * (_joined(high_b, low_b).to(tl.float32) * step - OFFSET * sum_x)
+            if SUPER != GROUP:
+                product *= first.to(tl.float32)
+            if MINIMA:
+                product -= minimum.to(tl.float32) * second.to(tl.float32) * sum_x
+            total += product
+        a, b, bits_a, bits_b = next_a, next_b, next_bits_a, next_bits_b
+        factor, minimum, first, second = next_factor, next_minimum, next_first, next_second
+    result = tl.sum(total, 2)
+    if BIAS:
+        result += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(out + row, result.to(out.dtype.element_ty), mask=row < rows)
+
+
+# --------------------------------------------------------------------------------------------------------- launches
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One token as integers, for every matrix in planes that it meets. `x [1, cols]` is what they were made of."""
+
+    x: Tensor
+    words: Tensor
+
+
+@dataclass(frozen=True)
+class DotTiles:
+    """How `_dot` cuts its work; any choice gives the same answer up to the order of sums, at another speed."""
+
+    rows: int  # a thread
+    warp_rows: int
+    units: int  # a step: 16, or a multiple of 32; more than 32 puts warps side by side along the columns
+
+    @property
+    def warps(self) -> int:
+        """So many that a thread has one unit of `rows` rows."""
+        return max(1, self.warp_rows * self.units // 32)
+
+
+def dot_tiles(rows: int, cols: int, count: int) -> DotTiles:
+    """Tiles for a matrix, by rows, columns and multiprocessors: the best of 18 on an H200, or within 8 % of it.
+
+    A row has a warp, or two; where it is no whole number of steps and there are many, the steps are shorter.
+    """
+    units = -(-cols // UNIT)
+    if units % 32 and units <= 64:
+        return DotTiles(1, 2, 16)
+    return DotTiles(1, 2, 64 if units % 64 == 0 or rows < 32 * count else 32)
+
+
+def vector(x: Tensor) -> Vector:
+    """`x [1, cols]` of 16 bits as integers."""
+    cols = x.shape[-1]
+    units = -(-cols // UNIT)
+    words = torch.empty(units * _WORDS, dtype=torch.int32, device=x.device)
+    block = 16
+    with torch.cuda.device(x.get_device()):
+        _quantize[(-(-units // block),)](x, words, COLS=cols, UNITS=block, num_warps=4)
+    return Vector(x, words)
+
+
+def dot(x: Vector, p: Planes, bias: Tensor | None = None, tiles: DotTiles | None = None, count: int = 132) -> Tensor:
+    """`[1, rows]` in the type of x. Not for FP8, which has no integers. `count`: multiprocessors."""
+    f, found = p.format, p.tensors
+    low = found["low"]
+    if low.numel() >= 1 << 33:  # offsets are int32, in words
+        raise ValueError(f"a matrix of {low.numel()} bytes; dot takes less than 8 GiB")
+    planes = (found.get(name, low) for name in ("low", "high", "scale", "low_scale", "d", "dmin"))
+    out = torch.empty(1, p.rows, dtype=x.x.dtype, device=low.device)
+    t = tiles or dot_tiles(p.rows, p.cols, count)
+    grid = (-(-p.rows // (t.rows * t.warp_rows)),)
+    with torch.cuda.device(out.get_device()):
+        _dot[grid](
+            x.words, *planes, out if bias is None else bias, out, p.rows, BIAS=bias is not None,
+            COLS=p.cols, LOW=f.low, HIGH=f.high, GROUP=f.group, SUPER=f.super, OFFSET=f.offset, MINIMA=f.has_min,
+            ROWS=t.rows, WARP_ROWS=t.warp_rows, UNITS=t.units, EMULATE=interpreted(), num_warps=t.warps,
+        )  # fmt: skip
+    return out

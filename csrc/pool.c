@@ -40,14 +40,32 @@ static void *work_as(void *argument) {
     return NULL;
 }
 
+/* Moves the caller to one of these CPUs. It keeps its mask. */
+static void move_to(const cpu_mask *cpus) {
+    cpu_mask mask = kt_own_mask();
+    if (sched_setaffinity(0, sizeof *cpus, cpus->sets) == 0) sched_setaffinity(0, sizeof mask, mask.sets);
+}
+
 /* Moves a caller that is where a worker must run. The scheduler takes some 10 ms to do so: it cannot move the worker,
- * and seldom moves a thread that runs. The caller keeps its mask. */
+ * and seldom moves a thread that runs. */
 static void make_way(const kt_pool *pool) {
     if (!has(&pool->worker_cpus, sched_getcpu())) return;
     cpu_mask mask = kt_own_mask(), one = {0};
     if (!has(&mask, pool->cpus[0])) return;
     add(&one, pool->cpus[0]);
-    if (sched_setaffinity(0, sizeof one, one.sets) == 0) sched_setaffinity(0, sizeof mask, mask.sets);
+    move_to(&one);
+}
+
+void kt_pool_leave(const kt_pool *pool) {
+    int here = sched_getcpu(), found = 0;
+    if (here != pool->cpus[0] && !has(&pool->worker_cpus, here)) return;
+    cpu_mask mask = kt_own_mask(), others = {0};
+    for (int cpu = 0; cpu < MAX_CPUS; cpu++) {
+        if (!has(&mask, cpu) || has(&pool->worker_cpus, cpu) || cpu == pool->cpus[0]) continue;
+        add(&others, cpu);
+        found = 1;
+    }
+    if (found) move_to(&others);
 }
 
 int kt_pool_run(kt_pool *pool, void (*work)(void *argument, size_t thread), void *argument) {

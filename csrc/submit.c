@@ -113,9 +113,11 @@ void kt_task_wait(void *task) { ((kt_task *)task)->status = kt_pool_wait(((kt_ta
 int kt_pool_rest(kt_pool *pool, int resting) {
     if (!pool) return KT_BAD_ARGUMENT;
     if (is_forked(pool)) return KT_FORKED;
-    atomic_store(&pool->spin_ns, resting ? SPIN_NS : LISTEN_NS);
+    atomic_store(&pool->spin_ns, LISTEN_NS);
     atomic_store(&pool->resting, resting);
-    if (!resting) ring(&pool->bell);
+    if (resting) return KT_OK;
+    kt_pool_leave(pool);
+    ring(&pool->bell);
     return KT_OK;
 }
 

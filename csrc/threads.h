@@ -20,7 +20,7 @@
 
 enum {
     SPIN_NS = 100000,    /* far shorter than a scheduler tick */
-    LISTEN_NS = 3000000, /* while doorbells are attended to: covers what a GPU does between two layers */
+    LISTEN_NS = 3000000, /* where doorbells are rung: covers what a GPU does between two layers, and a host between steps */
     CHECK = 32,          /* turns of a spin between looks at the clock */
     FANOUT = 2,          /* a thread wakes so many others, and they more: to wake all takes one caller 1 us for each */
     LINE = 128,          /* two cache lines: Intel's prefetcher fetches pairs */
@@ -85,6 +85,9 @@ struct kt_pool {
  * neighbours. */
 cpu_mask kt_own_mask(void);
 int kt_choose_places(const char *root, const cpu_mask *allowed, size_t n_threads, int *cpus, int *nodes);
+/* In pool.c: moves the caller, who will wait for something else, to a CPU that no thread of the pool has; it stays where
+ * it is if there is none. */
+void kt_pool_leave(const kt_pool *pool);
 /* In submit.c: what the driver runs, of a pool. */
 void *kt_drive(void *pool);
 

@@ -548,6 +548,33 @@ static void test_doorbell_while_resting(void) {
     require(atomic_load(&kt_process.awake) == 0);
 }
 
+/* Who rings is about to wait: it leaves the CPUs of the pool, if there are others, and keeps its mask. */
+static void test_ringing_makes_way(void) {
+    cpu_mask mask = kt_own_mask();
+    int first = -1, second = -1;
+    for (int cpu = 0; cpu < MAX_CPUS; cpu++) {
+        if (!has(&mask, cpu)) continue;
+        if (first < 0) first = cpu;
+        else if (second < 0) second = cpu;
+    }
+    if (second < 0) return;
+    const int own[1] = {first}, all[2] = {first, second};
+    cpu_mask here = {0};
+    add(&here, first);
+    kt_pool *pool = kt_pool_new_on(1, own, NULL);
+    require(sched_setaffinity(0, sizeof here, here.sets) == 0 && sched_getcpu() == first);
+    require(sched_setaffinity(0, sizeof mask, mask.sets) == 0);
+    require(kt_pool_rest(pool, 0) == KT_OK);
+    require(sched_getcpu() != first);
+    cpu_mask after = kt_own_mask();
+    require(!memcmp(&mask, &after, sizeof mask));
+    kt_pool_free(pool);
+    if (sched_getaffinity(0, sizeof mask, mask.sets) < 0) return;
+    pool = kt_pool_new_on(2, all, NULL);
+    require(kt_pool_rest(pool, 0) == KT_OK);  /* with no other CPU it stays, without harm */
+    kt_pool_free(pool);
+}
+
 static void test_doorbells_in_order(void) {
     kt_pool *pool = kt_pool_new(1);
     entry entries[3];
@@ -763,6 +790,7 @@ int main(int argc, char **argv) {
     run_test(test_doorbells());
     run_test(test_doorbells_in_order());
     run_test(test_doorbell_while_resting());
+    run_test(test_ringing_makes_way());
     run_test(test_doorbell_rung_again());
     run_test(test_waiters_spin_only_where_there_is_room());
     run_test(test_idle_threads_sleep());

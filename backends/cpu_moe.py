@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_o
 from ktcompile.backends import native
 from ktcompile.backends.reference import plain_cost
 from ktcompile.backends.tile_tokens import tile_tokens
-from ktcompile.kernel import Prepared
+from ktcompile.kernel import TOKENS, Prepared
 from ktcompile.ops.moe import PARAMETERS, MoeShape
 from ktcompile.symbols import Sizes, nbytes
 from ktcompile.target import cpu_features, default_threads
@@ -52,7 +52,7 @@ def _size(shape: MoeShape, matrix: str) -> tuple[int, int]:
     return (shape.hidden, shape.width) if matrix == "down" else (shape.width, shape.hidden)
 
 
-def _matrices(region: Region) -> dict[str, str]:
+def matrices(region: Region) -> dict[str, str]:
     """The packed type of gate, up and down; remembered on the region, since every kernel asks."""
     known: dict[str, str] | None = region.node.meta.get("moe_types")
     if known is not None:
@@ -107,13 +107,13 @@ class CpuMoe(Kernel):
         compute = _compute(region)
         if family in ("bf16", "int16") and compute == torch.float32:
             return f"it computes in {family}, this model in fp32; --dtype bf16 allows it"
-        return native.refuses(self.isa, _matrices(region).values())
+        return native.refuses(self.isa, matrices(region).values())
 
     def packed_bytes(self, region: Region) -> int:
-        shape, types = region.binding.shape, _matrices(region)
-        matrices = sum(native.packed_bytes(types[m], *_size(shape, m)) for m in PARAMETERS)
+        shape, types = region.binding.shape, matrices(region)
+        expert = sum(native.packed_bytes(types[m], *_size(shape, m)) for m in PARAMETERS)
         biases = 4 * sum(_size(shape, m)[0] for m in PARAMETERS) if shape.clamp else 0
-        return int(shape.experts) * (matrices + biases)
+        return int(shape.experts) * (expert + biases)
 
     def workspace_bytes(self, region: Region, sizes: Sizes) -> int:
         shape, result = region.binding.shape, value_of(region.node)
@@ -123,20 +123,24 @@ class CpuMoe(Kernel):
         return made + 4 * tokens * int(3 * shape.hidden + shape.top_k * shape.width)
 
     def cost(self, region: Region, target: Target) -> Cost:
-        return plain_cost(region, self.packed_bytes(region))
+        whole, shape = plain_cost(region, self.packed_bytes(region)), region.binding.shape
+        if shape.share is None:
+            return whole
+        part = 1 - shape.share.fraction(TOKENS, shape)
+        return Cost(part * whole.nbytes, part * whole.flops)
 
     def cache_key(self, region: Region) -> str | None:
-        return f"{region.binding.shape} {_matrices(region)}"
+        return f"{region.binding.shape} {matrices(region)}"
 
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
-        types, threads = _matrices(region), target[region.home or ""].threads
+        types, threads = matrices(region), target[region.home or ""].threads
         packed = {m: _pack(parts, m, region, types[m], threads) for m in PARAMETERS}
         if region.binding.shape.clamp:
             packed |= {f"{m}_bias": _bias(parts, m, region.binding.shape) for m in PARAMETERS}
         return self.restore(packed, region, target)
 
     def restore(self, tensors: Mapping[str, Tensor], region: Region, target: Target) -> Packed:
-        shape, types = region.binding.shape, _matrices(region)
+        shape, types = region.binding.shape, matrices(region)
         weights = native.MoeWeights(
             shape.experts,
             shape.hidden,
@@ -168,21 +172,34 @@ class CpuMoe(Kernel):
             (by_isa, shared_pool(target[region.home or ""].threads or default_threads())),
         )
 
-    def prepare(self, packed: Packed, tokens: int, top_k: int, pinned: bool) -> Prepared | None:
+    def prepare(
+        self, packed: Packed, region: Call, tokens: int, pinned: bool, after: Prepared | None = None
+    ) -> Prepared | None:
         by_isa, pool = packed.shape
-        weights = by_isa[self.isa]
+        weights, top_k = by_isa[self.isa], region.shape.top_k
+        elsewhere = partial(_elsewhere, region.shape)
+        sizes = ((tokens, weights.hidden), (tokens, top_k), (tokens, top_k))
+        if isinstance(after, native.Submission) and tuple(tuple(i.shape) for i in after.inputs) == sizes:
+            return native.Submission(pool, self.isa, weights, *after.inputs, after.out, elsewhere=elsewhere)
         x, y = (torch.zeros(tokens, weights.hidden, pin_memory=pinned) for _ in range(2))
         ids = torch.zeros(tokens, top_k, dtype=torch.int64, pin_memory=pinned)
         ids += torch.arange(top_k)
         scores = torch.zeros(tokens, top_k, pin_memory=pinned)
-        return native.Submission(pool, self.isa, weights, x, ids, scores, y)
+        return native.Submission(pool, self.isa, weights, x, ids, scores, y, elsewhere=elsewhere)
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
         x, ids, scores = inputs
         by_isa, pool = packed.shape
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+        if count := _elsewhere(region.shape, len(ids)):
+            ids = torch.where(ids < count, -1, ids)
         y = native.moe(pool, self.isa, by_isa[self.isa], rows, ids.contiguous(), scores.to(torch.float32).contiguous())
         return y.to(x.dtype).view(x.shape)
+
+
+def _elsewhere(shape: MoeShape, tokens: int) -> int:
+    """Experts below this are not this region's in a step of so many tokens."""
+    return shape.share.streamed(tokens, shape) if shape.share else 0
 
 
 def _bias(parts: Parts, matrix: str, shape: MoeShape) -> Tensor:

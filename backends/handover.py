@@ -1,4 +1,4 @@
-"""Hand-over between a GPU's stream and kernels on the CPU, without the host: for a step that is one CUDA graph.
+"""Hand-over between a GPU's stream and kernels on the CPU, without the host: inside a CUDA graph, or step by step.
 
 A kernel writes the values that the CPU reads to pinned memory and raises a flag; the pool's driver sees it, computes,
 and raises another; the stream waits for that one, and a kernel reads the result from pinned memory. No copy nodes and
@@ -54,6 +54,7 @@ def _send(
     arrived: tensor,  # [1] int32 on the GPU, 0 between launches
     flag: tensor,  # [1] int32 in pinned memory
     programs: tensor,
+    below: tensor,  # ids smaller than this are written as -1: computed elsewhere
     WIDTH: constexpr,
     TOP_K: constexpr,
     TOP_K_PAD: constexpr,
@@ -71,6 +72,7 @@ def _send(
     if tl.program_id(1) == 0:
         k = tl.arange(0, TOP_K_PAD)
         chosen = tl.load(ids + token * ids_stride + k, mask=k < TOP_K, other=0)
+        chosen = tl.where(chosen < below, -1, chosen)
         tl.store(host_ids + token * TOP_K + k, chosen.to(host_ids.dtype.element_ty), mask=k < TOP_K)
         score = tl.load(scores + token * scores_stride + k, mask=k < TOP_K, other=0.0)
         if UPCAST:
@@ -131,24 +133,25 @@ def _unavailable() -> str | None:
 def _write(values: Sequence[Tensor], prepared: Prepared, arrived: Tensor, flag: Tensor) -> None:
     x, ids, scores = values
     rows = x.reshape(-1, x.shape[-1])
+    tokens, width = rows.shape
+    prepared.resize(tokens)
     host_x, host_ids, host_scores = prepared.inputs
-    if rows.shape != host_x.shape or ids.shape != host_ids.shape or scores.shape != host_scores.shape:
-        raise ValueError(f"prepared for {tuple(host_x.shape)}, not {tuple(rows.shape)}")
+    if any(v.shape != (tokens, host.shape[1]) for v, host in zip((rows, ids, scores), prepared.inputs, strict=True)):
+        raise ValueError(f"prepared for {tuple(host_x.shape)} and {tuple(host_ids.shape)}, not {tuple(rows.shape)}")
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     ids, scores = (v if v.stride(1) == 1 else v.contiguous() for v in (ids, scores))
-    tokens, width = rows.shape
     blocks = -(-width // _BLOCK)
     _send[(tokens, blocks)](
         rows, rows.stride(0), ids, ids.stride(0), scores, scores.stride(0), host_x, host_ids, host_scores,
-        arrived, flag, tokens * blocks, WIDTH=width, TOP_K=ids.shape[1],
+        arrived, flag, tokens * blocks, prepared.elsewhere(tokens), WIDTH=width, TOP_K=ids.shape[1],
         TOP_K_PAD=max(2, 1 << (ids.shape[1] - 1).bit_length()), BLOCK=_BLOCK, UPCAST=interpreted(),
     )  # fmt: skip
 
 
 def _read(prepared: Prepared, like: Tensor) -> Tensor:
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    count = prepared.out.numel()
+    count = out.numel()
     _receive[(-(-count // _BLOCK),)](prepared.out, out, count, BLOCK=_BLOCK)
     return out
 
@@ -197,16 +200,19 @@ class HostFunctions:
 
     def submit(self, *values: Tensor) -> None:
         """As `Flags.submit`."""
-        for value, host in zip(values, self.prepared.inputs, strict=True):
-            host.copy_(value.view(host.shape).to(host.dtype), non_blocking=True)
+        x, ids, scores = values
+        tokens = ids.shape[0]
+        self.prepared.resize(tokens)
+        ids = torch.where(ids < self.prepared.elsewhere(tokens), -1, ids)
+        for value, host in zip((x, ids, scores), self.prepared.inputs, strict=True):
+            host[:tokens].copy_(value.reshape(tokens, -1).to(host.dtype), non_blocking=True)
         self._call(self._functions.submit)
 
     def wait(self, like: Tensor) -> Tensor:
         """As `Flags.wait`."""
         self._call(self._functions.wait)
-        found = torch.empty(self.prepared.out.shape, device=like.device)
-        found.copy_(self.prepared.out, non_blocking=True)
-        return found.to(like.dtype).view(like.shape)
+        rows = like.numel() // self.prepared.out.shape[1]
+        return self.prepared.out[:rows].to(like.device, non_blocking=True).to(like.dtype).view(like.shape)
 
     def _call(self, function: int) -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

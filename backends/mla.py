@@ -8,15 +8,16 @@ from torch import Tensor
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
 from ktcompile.backends import native
 from ktcompile.backends.encoded import decoded, decoding_bytes, encoded_bytes, pack_encoded, wasteful
+from ktcompile.backends.planes import Planes
 from ktcompile.backends.reference import Reference
 from ktcompile.backends.triton_linear import (
-    Planes,
     dequantize,
     linear,
     pack_planes,
     planes_bytes,
     planes_refuses,
     products_bytes,
+    shared,
     weight_of,
 )
 from ktcompile.backends.triton_mla import mla, mla_attend, unavailable
@@ -56,7 +57,13 @@ class TritonMLA(Kernel):
         return unavailable()
 
     def refuses(self, region: Region, target: Target) -> str | None:
-        return unavailable() if torch.cuda.is_available() else None
+        if not torch.cuda.is_available():
+            return None
+        device = target[region.device or target.main.name].torch
+        pool = value_of(region.inputs[region.binding.roles["pool"]])
+        if device.type == "cuda" and pool.dtype == torch.uint8 and torch.cuda.get_device_capability(device) < (8, 9):
+            return f"Triton converts FP8 from compute capability 8.9 on; {region.device} has less"
+        return unavailable()
 
     def packed_bytes(self, region: Region) -> int:
         return Reference().packed_bytes(region)
@@ -71,7 +78,7 @@ class TritonMLA(Kernel):
         elements = sum(int(value_of(w).numel()) for w in region.weights.values())
         pool = value_of(region.inputs[region.binding.roles["pool"]])
         return Cost(
-            weights + CONTEXT * width * pool.element_size(),
+            weights + CONTEXT * pool.shape[-1] * pool.element_size(),
             2 * tokens * elements + 2 * tokens * (CONTEXT + tokens) * shape.heads * (width + shape.lora),
         )
 
@@ -135,4 +142,5 @@ class TritonMLAPlanes(TritonMLA):
         up = weights["kv_b_proj"]
         if isinstance(up, Planes):
             weights["kv_b_proj"] = dequantize(up, hidden.dtype)
-        return mla(hidden, cos, sin, weights, region.shape, *cache, project=linear, attend=self.attend)
+        given = (hidden, cos, sin, weights, region.shape, *cache)
+        return mla(*given, project=linear, share=shared, attend=self.attend)

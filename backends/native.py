@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -466,15 +466,19 @@ class Submission:
         ids: Tensor,
         scores: Tensor,
         out: Tensor | None = None,
+        elsewhere: Callable[[int], int] = lambda tokens: 0,
     ) -> None:
-        """Tensors as in `moe`. Starts the pool's driver; ValueError as `moe`, RuntimeError if it cannot be started."""
+        """Tensors as in `moe`; `elsewhere` is `Prepared.elsewhere`, for whoever writes ids.
+
+        Starts the pool's driver; ValueError as `moe`, RuntimeError if it cannot be started.
+        """
         reason = _missing(isa)
         if reason is not None:
             raise ValueError(f"{isa} does not run here: {reason}")
         ffi, lib = _native().ffi, _native().lib
         self.out = _checked(isa, weights, x, ids, scores, out)
         pool._check()
-        self.pool, self.isa, self.inputs = pool, isa, (x, ids, scores)
+        self.pool, self.isa, self.inputs, self.elsewhere = pool, isa, (x, ids, scores), elsewhere
         self._weights, self._ids = weights, ids
         number = _ISAS.index(isa)
         tokens, top_k = ids.shape
@@ -495,6 +499,12 @@ class Submission:
         # What the driver reads lives until it cannot read it any more.
         keep = call, weights, x, ids, scores, self.out, scratch, self._flags
         self._finalizer = weakref.finalize(self, _end, pool, task, keep)
+
+    def resize(self, tokens: int) -> None:
+        """The next run is of the first `tokens` rows of x, ids, scores and out. ValueError if there are fewer."""
+        if not 0 <= tokens <= len(self._ids):
+            raise ValueError(f"{tokens} tokens; x, ids, scores and out have {len(self._ids)} rows")
+        self._call.n_tokens = tokens
 
     def submit(self) -> None:
         """Start a run, after those that others submitted. RuntimeError if its last one is not over, or it listens."""

@@ -363,6 +363,36 @@ def insert_copy(value: fx.Node, device: str, before: fx.Node) -> fx.Node:
     return copy
 
 
+def beside(region: Region, path: str) -> Region:
+    """A second region right after this one, of the same inputs, weights and code."""
+    with region.node.graph.inserting_after(region.node):
+        node = region.node.graph.call_module(str(region.node.target), region.node.args)
+    node.meta = {**region.node.meta, "path": path}
+    return Region(node)
+
+
+def remove(region: Region) -> None:
+    """Take a region out of the graph that nobody reads."""
+    region.node.graph.erase_node(region.node)
+
+
+def add_results(first: Region, second: Region, path: str) -> Region:
+    """A region, before the first reader of `first`, whose sum of both all of these read instead."""
+    graph, users = first.node.graph, list(first.node.users)
+    body = fx.Graph()
+    body.output(body.call_function(operator.add, (body.placeholder("x0"), body.placeholder("x1"))))
+    before = next(n for n in graph.nodes if n in users)
+    with graph.inserting_before(before):
+        node = graph.call_module(str(first.node.target), (first.node, second.node))
+    for user in users:
+        user.replace_input_with(first.node, node)
+    value = value_of(first.node)
+    node.meta.update(path=path, cls="", op="glue", binding=None, leaves=(), effects=False, val=value)
+    found = Region(node)
+    found.replace_body(fx.GraphModule(torch.nn.Module(), body))
+    return found
+
+
 def prune(gm: fx.GraphModule) -> list[str]:
     """Remove regions and copies that nobody reads and that change nothing; returns their paths.
 

@@ -21,10 +21,14 @@ TOKENS, CONTEXT = sympy.symbols("T S", positive=True)
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one call: bytes of weights and cache read, floating-point operations. Expressions in T and S."""
+    """Work of one call: bytes of weights and cache read, floating-point operations. Expressions in T and S.
+
+    `across`: bytes of weights that come over the link from where they are.
+    """
 
     nbytes: sympy.Expr
     flops: sympy.Expr
+    across: sympy.Expr | int = 0
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,19 @@ class Parts:
 class Prepared(Protocol):
     """A call on tensors that stay where they are, started by a flag or by C, without Python.
 
-    The caller writes to `inputs` and reads `out`, all in (pinned) host memory.
+    The caller writes to the first rows of `inputs` and reads those of `out`, all in (pinned) host memory.
     """
 
     out: Tensor
 
     @property
     def inputs(self) -> tuple[Tensor, ...]: ...
+
+    def resize(self, tokens: int) -> None:
+        """The next run is of so many tokens, at most those that it was prepared for. None may be under way."""
+
+    def elsewhere(self, tokens: int) -> int:
+        """Experts below this are computed elsewhere in a step of so many tokens: their ids are to be given as -1."""
 
     def listen(self, start: Tensor, done: Tensor) -> None:
         """From now on, whenever `start` is not 0: set it to 0, run, set `done` to 1."""
@@ -125,8 +135,13 @@ class Kernel(ABC):
     def __call__(self, packed: Packed, region: "Call", *inputs: Any) -> Any:
         """Run the region. `inputs` are the op's roles in order; the captured body's inputs for op `*`."""
 
-    def prepare(self, packed: Packed, tokens: int, top_k: int, pinned: bool) -> Prepared | None:
-        """A call for `tokens` tokens that needs no Python once it is prepared; None: this kernel has no such form."""
+    def prepare(
+        self, packed: Packed, region: "Call", tokens: int, pinned: bool, after: Prepared | None = None
+    ) -> Prepared | None:
+        """A call for up to `tokens` tokens that needs no Python once it is prepared; None: it has no such form.
+
+        `after`: a call that is always over before this one is given its inputs: it may use the same memory.
+        """
         return None
 
     def begin(self, step: StepFacts) -> None:
@@ -144,6 +159,10 @@ class Kernel(ABC):
     def restore(self, tensors: Mapping[str, Tensor], region: Region, target: Target) -> Packed:
         """What `pack` made, from its tensors alone. Only for kernels with a `cache_key`."""
         raise NotImplementedError(f"{self.name} has no cache key")
+
+    def ready(self, packed: Packed) -> None:
+        """Called once a region at load, when its weights are there, whichever kernel packed them."""
+        return None
 
     def missing(self) -> str | None:
         """None: it can run on this machine; text: what is missing and how to get it."""

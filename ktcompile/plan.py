@@ -251,6 +251,7 @@ def _row(
         at = {TOKENS: tokens, CONTEXT: context}
         us = 1e6 * max(
             float(sympy.sympify(cost.nbytes).subs(at)) / device.bandwidth,
+            float(sympy.sympify(cost.across).subs(at)) / target.link(region.home or "", device.name).bandwidth,
             float(sympy.sympify(cost.flops).subs(at)) / device.flops,
         )
     return Row(

@@ -177,7 +177,9 @@ def lower(gm: fx.GraphModule, plan: Plan, store: Store, progress: Progress | Non
 
         read(0)
         kernel, device = store.kernels[str(region.kernel)], store.target[region.device or ""].torch
-        made = Step(kernel, store.get(region, read), region, _call(region, store.target), device)
+        packed = store.get(region, read)
+        kernel.ready(packed)
+        made = Step(kernel, packed, region, _call(region, store.target), device)
         before += region_bytes
         return made
 

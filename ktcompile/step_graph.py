@@ -1,4 +1,7 @@
-"""StepGraph: a decode step whose addresses never change, replayed as one CUDA graph with the CPU's experts inside."""
+"""Steps that the host enqueues and waits for once, with the CPU's experts inside.
+
+StepGraph: a decode step whose addresses never change, replayed as one CUDA graph. StreamedStep: any other.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
@@ -78,9 +81,10 @@ def with_handovers(
         name = str(node.target)
         values = [a for a in node.args[: step.inputs] if isinstance(a, fx.Node)]
         copied = [v for v in values if v.target is copy_to and v.args[0] in env]
-        top_k = getattr(step.call.shape, "top_k", 0)
         pinned = main.type == "cuda"
-        made = step.kernel.prepare(step.packed, tokens, top_k, pinned) if len(copied) == len(values) else None
+        before = prepared[-1] if prepared else None
+        can = len(copied) == len(values)
+        made = step.kernel.prepare(step.packed, step.call, tokens, pinned, before) if can else None
         if made is None:
             by = step.kernel.name
             raise NotCapturable(f"{step.call.path} runs on {step.device} by {by}, which waits for the host")
@@ -212,8 +216,46 @@ class StepGraph:
         self.prepared = []
 
 
+class StreamedStep:
+    """An executable for steps of up to `tokens` tokens, kernel by kernel on the GPU's stream.
+
+    Regions on the CPU run where the stream has come to them: shared experts and copies go on meanwhile, and the host
+    is never waited for. Raises NotCapturable as `with_handovers`.
+    """
+
+    def __init__(self, executable: Executable, main: torch.device, tokens: int, make: Handovers | None = None) -> None:
+        self.executable, self.main, self.tokens = executable, main, tokens
+        self.gm, self.prepared = with_handovers(executable, main, tokens, make or handover())
+
+    def __call__(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The first result, on the GPU, once the step is over. `values`: inputs by name, as for the executable."""
+        args = [
+            values[i].to(self.main, non_blocking=True) if isinstance(i, str) else values[i[0]].shape[i[1]]
+            for i in self.executable.inputs
+        ]
+        for each in self.prepared[:1]:
+            each.rest(False)
+        try:
+            with torch.inference_mode():
+                found: Tensor = self.gm(*args)[0]
+        finally:
+            if self.main.type == "cuda":
+                torch.cuda.current_stream(self.main).synchronize()
+            for each in self.prepared[:1]:
+                each.rest(True)
+        for each in self.prepared:
+            each.check()
+        return found
+
+    def close(self) -> None:
+        """Let go of the CPU's kernels."""
+        for each in self.prepared:
+            each.close()
+        self.prepared = []
+
+
 def _none(prepared: Prepared, device: torch.device) -> Handover:
     raise NotCapturable("nothing runs on the CPU")
 
 
-__all__ = ["Handover", "NotCapturable", "StepGraph", "handover", "with_handovers"]
+__all__ = ["Handover", "NotCapturable", "StepGraph", "StreamedStep", "handover", "with_handovers"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -156,6 +157,27 @@ def _read_bandwidth() -> float:
     return data.nbytes / min(times)
 
 
+_FLOPS = {"amx_bf16": 0.5e12, "avx512_bf16": 0.15e12, "avx2": 0.05e12}
+"""What matrix products reach a thread, by the best that a CPU has: half of what a layer of experts was measured at."""
+
+
+def _cpu_flops(features: frozenset[str], threads: int) -> float:
+    return threads * next((rate for name, rate in _FLOPS.items() if name in features), 0.01e12)
+
+
+def _link(props: Any) -> Link:
+    """The link of a GPU to the CPU: 85 % of what the system says its PCIe lanes carry, if it says that."""
+    domain, bus, slot = (getattr(props, f"pci_{part}_id", 0) for part in ("domain", "bus", "device"))
+    folder = Path(f"/sys/bus/pci/devices/{domain:04x}:{bus:02x}:{slot:02x}.0")
+    try:
+        speed = float((folder / "max_link_speed").read_text().split()[0])  # 10^9 transfers/s, a bit a lane each
+        lanes = int((folder / "max_link_width").read_text())
+    except (OSError, ValueError, IndexError):
+        return _PCIE
+    rate = 0.85 * speed * lanes / 8 * 1e9
+    return replace(_PCIE, bandwidth=rate) if 1e9 <= rate <= 1e12 else _PCIE
+
+
 def default_threads() -> int:
     """Threads for the experts' kernels: the cores this process may use; of 8 and more one is left free.
 
@@ -171,22 +193,26 @@ def detect(threads: int | None = None) -> Target:
     most = len(os.sched_getaffinity(0))
     if threads is not None and not 1 <= threads <= most:
         raise RulesError(f"{threads} CPU threads: this process may use 1 to {most}")
-    devices = []
+    devices, links = [], {}
     for i in range(torch.cuda.device_count()):
         props = torch.cuda.get_device_properties(i)
         # memory_clock_rate is in kHz and counts one edge; both edges carry data.
         rate = getattr(props, "memory_clock_rate", 0) * 1e3 * 2 * getattr(props, "memory_bus_width", 0) / 8
         sm = f"sm{props.major}{props.minor}"
         name, capacity = f"cuda:{i}", props.total_memory
+        links[name, "cpu"] = links["cpu", name] = _link(props)
         devices.append(Device(name, "cuda", capacity, rate or 1e12, frozenset({sm}), 100e12, reserved=_RESERVED))
-    devices.append(Device("cpu", "cpu", memory(), _read_bandwidth(), cpu_features(), threads=threads or 0))
-    return Target(tuple(devices))
+    features, count = cpu_features(), threads or default_threads()
+    flops = _cpu_flops(features, count)
+    devices.append(Device("cpu", "cpu", memory(), _read_bandwidth(), features, flops, threads=threads or 0))
+    return Target(tuple(devices), links)
 
 
 def fake(gpu: str | int | None = "24G", ram: str | int = "512G") -> Target:
     """A machine one does not have: `gpu` bytes of GPU memory (None: no GPU) and `ram` bytes of RAM.
 
-    Bandwidths are of a common desktop: 1 TB/s on the GPU, 250 GB/s in RAM, PCIe 4 x16 between them; a CPU with AMX.
+    Bandwidths are of a common desktop: 1 TB/s on the GPU, 250 GB/s in RAM, PCIe 4 x16 between them; a CPU with AMX and
+    16 threads.
     """
     avx = {
         "avx2",
@@ -200,7 +226,8 @@ def fake(gpu: str | int | None = "24G", ram: str | int = "512G") -> Target:
         "avx512_vnni",
         "avx512_fp16",
     }
-    cpu = Device("cpu", "cpu", size(ram), 250e9, frozenset({*avx, "amx_tile", "amx_bf16", "amx_int8"}))
+    features = frozenset({*avx, "amx_tile", "amx_bf16", "amx_int8"})
+    cpu = Device("cpu", "cpu", size(ram), 250e9, features, _cpu_flops(features, 16))
     if gpu is None:
         return Target((cpu,), about="imagined: RAM at 250 GB/s, a CPU with AMX, no GPU")
     card = Device("cuda:0", "cuda", size(gpu), 1e12, frozenset({"sm89"}), 100e12, reserved=_RESERVED)

@@ -20,7 +20,9 @@ class ChooseKernels(Pass):
     name = "choose-kernels"
     requires = ("local",)
     establishes = ("lowered",)
-    moe: tuple[str, ...] = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar", "reference")
+    moe: tuple[str, ...] = (
+        "triton_streamed", "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar", "reference",
+    )  # fmt: skip
     mla: tuple[str, ...] = ("triton_planes", "triton_encoded", "triton", "encoded", "reference")
     gqa: tuple[str, ...] = ("triton_gqa_planes", "triton_gqa", "encoded", "reference")
     linear: tuple[str, ...] = ("triton_linear", "encoded", "reference")
@@ -57,7 +59,9 @@ class ChooseKernels(Pass):
                     f"no kernel takes {region.path} ({region.op} on {region.device}): "
                     f"{'; '.join(f'{n}: {w}' for n, w in refused)}. {way_out}"
                 )
-            is_told = region.op in lists and not (region.op in on_gpu and ctx.target[region.device or ""].kind == "cpu")
+            kind = ctx.target[region.device or ""].kind
+            refused = [(n, w) for n, w in refused if kernels[n].device in ("*", kind)]  # of other devices goes unsaid
+            is_told = region.op in lists and not (region.op in on_gpu and kind == "cpu")
             for why in dict.fromkeys(w for _, w in refused) if is_told else ():
                 ctx.skip(region, f"{', '.join(n for n, w in refused if w == why)}: {why}")
             op = OPS.get(region.op)

@@ -60,6 +60,19 @@ def test_the_same_to_the_bit_as_a_call(pool: native.Pool, tokens: int, isa: str)
     assert made.wait() is made.out and torch.equal(made.out, expected)
 
 
+def test_fewer_tokens_than_prepared_for(pool: native.Pool) -> None:
+    given = problem(33)
+    made = native.Submission(pool, HERE[-1], WEIGHTS, *given)
+    for tokens in (9, 33, 0, 1):
+        made.out.fill_(5)
+        made.resize(tokens)
+        made.submit()
+        assert torch.equal(made.wait()[:tokens], native.moe(pool, HERE[-1], WEIGHTS, *(t[:tokens] for t in given)))
+        assert (made.out[tokens:] == 5).all()
+    with pytest.raises(ValueError, match="34 tokens; x, ids, scores and out have 33 rows"):
+        made.resize(34)
+
+
 def test_many_in_a_row(pool: native.Pool) -> None:
     """What the tensors hold when it runs is what counts, and nothing but them is kept from run to run."""
     given, out = tuple(t.clone() for t in problem(9)), torch.empty(9, HIDDEN)

@@ -14,7 +14,7 @@ from ktcompile import Target
 from ktcompile.backends.handover import Flags, HostFunctions
 from ktcompile.errors import KtransError
 from ktcompile.model import load
-from ktcompile.step_graph import NotCapturable, StepGraph, handover, with_handovers
+from ktcompile.step_graph import NotCapturable, StepGraph, StreamedStep, handover, with_handovers
 
 MAIN = torch.device("cpu:1")
 LAYERS = 5
@@ -90,6 +90,29 @@ def test_an_error_of_the_cpu_is_raised_and_the_next_step_works(model: Any) -> No
         graph(numbers)
     submit.handover.submit = send
     assert torch.equal(graph(numbers), want)
+
+
+def test_steps_of_any_size_on_the_stream(model: Any) -> None:
+    """Prefill of two requests, then less and less, prepared once for the largest: what runs region by region."""
+    one, other = model.new_cache(2), model.new_cache(2)
+    streamed = StreamedStep(model.phases["prefill"], MAIN, 16)
+    assert all(a.inputs[0] is b.inputs[0] for a, b in zip(streamed.prepared, streamed.prepared[1:], strict=False))
+    for counts in ([7, 9], [3, 0], [1, 1]):
+        total = sum(counts)
+        ids = torch.arange(20, 20 + total)
+        positions = torch.cat([n + torch.arange(c) for n, c in zip(one.lengths, counts, strict=True)])
+        keep = torch.arange(total)
+        want = model.step(ids, positions, counts, keep, one)
+        other.begin(counts)
+        values = {"ids": ids[None], "positions": positions[None], "keep": keep}
+        values |= {f"cache.{n}": getattr(other, n) for n in ("page_table", "seq_len", "query_start")}
+        values |= {f"cache.layers.{i}.pool": pool for i, pool in enumerate(other.pools)}
+        got = streamed(values)[0]
+        other.advance()
+        assert (got - want).norm() <= 1e-5 * want.norm()
+    with pytest.raises(ValueError, match="17 tokens"):
+        streamed.prepared[0].resize(17)
+    streamed.close()
 
 
 def test_what_cannot_be_handed_over_is_named() -> None:

@@ -8,7 +8,8 @@ of gpt-oss have biases and a clamped gate, and lie in another order: `clamped_mo
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -39,9 +40,38 @@ class Clamp:
     limit: float
 
 
+MIN_SHARED_TOKENS = 16
+"""Fewer tokens than this are not worth a second device: its share is not computed there, but with the others."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which experts a region computes of a layer that two devices share: the first ones stream to the other device.
+
+    Seconds are of all experts of the layer.
+    """
+
+    streams: bool  # this region computes those whose weights cross the link at each step; else the rest
+    across_s: float  # to bring the weights over the link
+    read_s: float  # for the CPU to read them, where every expert has a token
+    token_s: float  # for the CPU to compute one token more
+    most: float = 1.0  # part of the experts that streams at most
+
+    def streamed(self, tokens: int, shape: "MoeShape") -> int:
+        """How many experts stream in a step of so many tokens: so many that both devices are done together."""
+        part = min(self.most, self.fraction(tokens, shape))
+        return round(shape.experts * part) if tokens >= MIN_SHARED_TOKENS else 0
+
+    def fraction(self, tokens: Any, shape: "MoeShape") -> Any:
+        """The part of all experts that takes both devices as long; `tokens` may be an expression."""
+        used = 1 - (1 - shape.top_k / shape.experts) ** tokens
+        alone = self.read_s * used + self.token_s * tokens
+        return alone / (alone + self.across_s)
+
+
 @dataclass(frozen=True)
 class MoeShape:
-    """Attributes of a layer's routed experts; sizes in elements.
+    """Attributes of a layer's routed experts; sizes in elements. `share`: where two regions compute them together.
 
     With a `clamp`, the activation is "swiglu_oai", every parameter has one of biases beside it (`gate_up_proj_bias`),
     and gate and up alternate.
@@ -53,6 +83,7 @@ class MoeShape:
     top_k: int
     activation: str
     clamp: Clamp | None = None
+    share: Share | None = None
 
     def rows(self, matrix: str) -> slice:
         """The rows of a matrix of `PARAMETERS` among those of its parameter, where that is [E, out, in]."""
@@ -80,6 +111,35 @@ def moe(x: Tensor, ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor, a
 register(
     "moe(Tensor x, Tensor ids, Tensor scores, Tensor gate_up, Tensor down, str activation) -> Tensor",
     moe,
+    lambda x, *_: torch.empty_like(x),
+)
+
+
+def moe_share(
+    x: Tensor,
+    ids: Tensor,
+    scores: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    streams: bool,
+    across_s: float,
+    read_s: float,
+    token_s: float,
+    most: float,
+) -> Tensor:
+    """The definition of a share: as `moe`, of the experts that are its own; see `Share`."""
+    experts, hidden, width = gate_up.shape[0], x.shape[-1], down.shape[-1]
+    shape = MoeShape(experts, hidden, width, ids.shape[1], activation)
+    count = Share(streams, across_s, read_s, token_s, most).streamed(ids.shape[0], shape)
+    others = ids >= count if streams else ids < count
+    return moe(x, ids, scores.masked_fill(others, 0), gate_up, down, activation)
+
+
+register(
+    "moe_share(Tensor x, Tensor ids, Tensor scores, Tensor gate_up, Tensor down, str activation, bool streams, "
+    "float across_s, float read_s, float token_s, float most) -> Tensor",
+    moe_share,
     lambda x, *_: torch.empty_like(x),
 )
 
@@ -194,7 +254,10 @@ def _define(binding: Binding, leaves: tuple[str, ...]) -> fx.Graph:
     shape: MoeShape = binding.shape
     if shape.clamp is None:
         args = weights["gate_up_proj"], weights["down_proj"], shape.activation
-        graph.output(graph.call_function(torch.ops.ktrans.moe.default, (x, ids, scores, *args)))
+        op, how = torch.ops.ktrans.moe.default, ()
+        if shape.share is not None:
+            op, how = torch.ops.ktrans.moe_share.default, astuple(shape.share)
+        graph.output(graph.call_function(op, (x, ids, scores, *args, *how)))
         return graph
     matrices = (weights[leaf] for name in ("gate_up_proj", "down_proj") for leaf in (name, f"{name}_bias"))
     clamp = shape.clamp.alpha, shape.clamp.limit

@@ -1,12 +1,17 @@
 """What one step holds on each device beside weights and cache: its values, and what its kernels need."""
 
 import operator
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from ktcompile.errors import CapacityError
 from ktcompile.graph import Region, argument, device_of, is_copy, is_region, regions, value_of
 from ktcompile.kernel import available
 from ktcompile.symbols import Sizes, nbytes
@@ -96,3 +101,23 @@ def keep_to(target: Target) -> None:
         if device.torch.type == "cuda":
             total = torch.cuda.get_device_properties(device.torch).total_memory
             torch.cuda.set_per_process_memory_fraction((device.capacity - CONTEXT_BYTES) / total, device.torch)
+
+
+@contextmanager
+def out_of_memory(asked: str, free: Callable[[], None]) -> Iterator[None]:
+    """Raise CapacityError where CUDA has no memory left for what was `asked`; the values of that call are let go first.
+
+    `free` gives back what else it may have left.
+    """
+    try:
+        yield
+        return
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the values that were computed so far
+        told = re.findall(r"Tried to allocate ([\d.]+ \w+)|GPU (\d+) has", str(error))
+    sizes, gpus = [size for size, _ in told if size], [gpu for _, gpu in told if gpu]
+    free()
+    raise CapacityError(
+        f"cuda:{gpus[0] if gpus else 0} is out of memory{f' for {sizes[0]} more' if sizes else ''}: asked was {asked}. "
+        "Ask for fewer tokens at once, load with a shorter context, or end what else uses this GPU"
+    )

@@ -22,7 +22,7 @@ from ktcompile.graph import regions, short
 from ktcompile.kernel import Kernel, StepFacts
 from ktcompile.kernel import available as available_kernels
 from ktcompile.layers import NotEqual, first, layers_of, repeat
-from ktcompile.memory import Held, keep_to, peak_bytes
+from ktcompile.memory import Held, keep_to, out_of_memory, peak_bytes
 from ktcompile.packed_cache import PackedCache, packed_folder
 from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_pass, near, shipped
 from ktcompile.pipeline import available as available_passes
@@ -275,8 +275,14 @@ class _Forward:
         self._caches: WeakSet[PagedCache] = WeakSet()
 
     def new_cache(self, requests: int = 1) -> PagedCache:
-        """An empty ragged cache for `requests` requests of up to `context` tokens each."""
-        made = PagedCache(
+        """An empty ragged cache for `requests` requests of up to `context` tokens each. Raises CapacityError."""
+        with out_of_memory(f"a cache for {requests} requests of {self.settings.context} tokens", self._free):
+            made = self._made_cache(requests)
+        self._caches.add(made)
+        return made
+
+    def _made_cache(self, requests: int) -> PagedCache:
+        return PagedCache(
             self.config,
             requests=requests,
             context=self.settings.context,
@@ -284,8 +290,13 @@ class _Forward:
             device=self.pool_devices,
             ragged=True,
         )
-        self._caches.add(made)
-        return made
+
+    def _free(self, cache: PagedCache | None = None) -> None:
+        """Let go of what a failed call may have left: graphs of its cache, and memory that torch keeps for later."""
+        for graph in self._recorded.pop(cache, {}).values() if cache is not None else ():
+            graph.close()
+        if self.settings.target.main.torch.type == "cuda":
+            torch.cuda.empty_cache()
 
     def memory(self, store: Store) -> dict[str, Held]:
         """What the model holds on each device now, to compare with its plans."""
@@ -297,13 +308,22 @@ class _Forward:
         return {d.name: Held(store.nbytes.get(d.name, 0), pools[d.name], peak_bytes(d.torch)) for d in devices}
 
     def step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
-        """Logits `[len(keep), vocabulary]` of rows `keep` of a ragged step: ids and positions `[T]`, counts `[R]`."""
+        """Logits `[len(keep), vocabulary]` of rows `keep` of a ragged step: ids and positions `[T]`, counts `[R]`.
+
+        CapacityError where a request outgrows the cache, or the GPU's memory is full: the cache then holds what it held
+        before, and the next call may ask for less.
+        """
         cache.check(counts)
         facts = StepFacts(tuple(cache.lengths), tuple(counts), cache.all_pages)
         try:
             for kernel in self._told:
                 kernel.begin(facts)
-            return self._step(ids, positions, counts, keep, cache)
+            asked = (
+                f"a step of {ids.numel()} tokens for {len(counts)} requests, "
+                f"the longest of {max(cache.lengths)} tokens of {cache.context}"
+            )
+            with out_of_memory(asked, lambda: self._free(cache)):
+                return self._step(ids, positions, counts, keep, cache)
         finally:
             for kernel in self._told:
                 kernel.end()
@@ -470,9 +490,10 @@ def load(
         None if packed_cache is None else PackedCache(packed_folder(packed_cache, checkpoint.path), checkpoint.source)
     )
     store = Store(source, settings.target, available_kernels(), kept)
-    phases = {
-        phase: lower(graphs[phase], plans[phase], store, progress if i == 0 else None) for i, phase in enumerate(PHASES)
-    }
+    phases: dict[Phase, Executable] = {}
+    with out_of_memory("loading", torch.cuda.empty_cache):
+        for phase in PHASES:
+            phases[phase] = lower(graphs[phase], plans[phase], store, None if phases else progress)
     forward = _Forward(checkpoint.config, settings, phases, _pool_devices(graphs["decode"], settings.target))
     hollow.forward = torch.compiler.disable(forward.__call__)
     extra = {"plans": plans, "step": forward.step, "new_cache": forward.new_cache, "store": store, "phases": phases}

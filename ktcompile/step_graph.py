@@ -197,6 +197,8 @@ class StepGraph:
         try:
             with torch.cuda.graph(graph, stream=stream):
                 self._record()
+        except torch.OutOfMemoryError:
+            raise  # it may fit another time
         except RuntimeError as error:
             raise NotCapturable(f"CUDA refused to record it: {error}") from error
         graph.replay()

@@ -28,12 +28,16 @@ from ktcompile import Region, Target, value_of
 from ktcompile.backends.mla import TritonMLA, TritonMLAPlanes
 from ktcompile.backends.triton_mla import mla_attend
 from ktcompile.kernel import StepFacts
+from ktcompile.symbols import Sizes
 
 LATENT, ROTATED = 512, 64
 """The only sizes of a row that it is compiled for."""
 
 WORKSPACE_BYTES = 64 << 20
 """Room for partial results: FlashInfer takes 128 KiB a multiprocessor."""
+
+PLAN_BYTES = 8 << 20
+"""What each wrapper takes for its plans: there is one for decode, and one for the rest."""
 
 MAX_WORKS = 16384 - 1024
 """FlashInfer keeps room for 16384 pieces of work and does not look; a split context takes one more a multiprocessor."""
@@ -245,6 +249,9 @@ class FlashInferMLA(TritonMLA):
 
     def refuses(self, region: Region, target: Target) -> str | None:
         return super().refuses(region, target) or _refuses(region, target)
+
+    def workspace_bytes(self, region: Region, sizes: Sizes) -> int:
+        return super().workspace_bytes(region, sizes) + WORKSPACE_BYTES + 2 * PLAN_BYTES
 
     def begin(self, step: StepFacts) -> None:
         self.attention.begin(step)

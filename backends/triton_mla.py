@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ktcompile.ops.mla import MLAShape
+from ktcompile.ops.mla import MLAShape, unpacked
 
 # Triton has no type information, and may be missing: `Any` starts and ends here.
 try:
@@ -92,17 +92,42 @@ def _slot(
 
 
 @_jit
+def _nearest(x: tensor, DROPPED: constexpr) -> tensor:
+    """float32 without the last bits of its mantissa, to nearest even: where casts of the interpreter cut them off."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + (1 << (DROPPED - 1)) - 1 + ((bits >> DROPPED) & 1)) >> DROPPED << DROPPED
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@_jit
+def _kept(x: tensor, pool: tensor, UPCAST: constexpr) -> tensor:
+    """float32 as a pool keeps it; FP8 takes its largest value for all beyond, NaN stays."""
+    if pool.dtype.element_ty == tl.float8e4nv:
+        x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+        if UPCAST:  # below 2^-6 its values are multiples of 2^-9
+            x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, _nearest(x, 20))
+    elif UPCAST and pool.dtype.element_ty == tl.bfloat16:
+        x = _nearest(x, 16)
+    return x.to(pool.dtype.element_ty)
+
+
+@_jit
 def _copy_rows(
-    rows: tensor,  # [tokens, WIDTH]
+    rows: tensor,  # [tokens, LORA + ROPE]
     row_stride: tensor,
-    pool: tensor,
+    latents: tensor,  # [pages, PAGE, LORA], rows apart by LATENT_STRIDE
+    keys: tensor,  # [pages, PAGE, ROPE], by KEY_STRIDE
     page_table: tensor,
     table_stride: tensor,
     seq_len: tensor,
     query_start: tensor,
     requests: tensor,
-    WIDTH: constexpr,
-    WIDTH_PAD: constexpr,
+    LORA: constexpr,
+    LORA_PAD: constexpr,
+    ROPE: constexpr,
+    ROPE_PAD: constexpr,
+    LATENT_STRIDE: constexpr,
+    KEY_STRIDE: constexpr,
     PAGE: constexpr,
     REQUESTS_PAD: constexpr,
     UPCAST: constexpr,
@@ -112,11 +137,13 @@ def _copy_rows(
     if request == requests:
         return
     slot = _slot(page_table, table_stride, seq_len, query_start, request, row, PAGE)
-    d = tl.arange(0, WIDTH_PAD)
-    x = tl.load(rows + row.to(tl.int64) * row_stride + d, mask=d < WIDTH, other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    tl.store(pool + slot * WIDTH + d, x.to(pool.dtype.element_ty), mask=d < WIDTH)
+    source = rows + row.to(tl.int64) * row_stride
+    d = tl.arange(0, LORA_PAD)
+    x = tl.load(source + d, mask=d < LORA, other=0.0).to(tl.float32)
+    tl.store(latents + slot * LATENT_STRIDE + d, _kept(x, latents, UPCAST), mask=d < LORA)
+    e = tl.arange(0, ROPE_PAD)
+    x = tl.load(source + LORA + e, mask=e < ROPE, other=0.0).to(tl.float32)
+    tl.store(keys + slot * KEY_STRIDE + e, _kept(x, keys, UPCAST), mask=e < ROPE)
 
 
 @_jit
@@ -133,7 +160,8 @@ def _write_rows(
     cos_stride: tensor,
     sin_stride: tensor,
     eps: tensor,
-    pool: tensor,
+    latents: tensor,  # [pages, PAGE, LORA], rows apart by LATENT_STRIDE
+    keys: tensor,  # [pages, PAGE, ROPE], by KEY_STRIDE
     page_table: tensor,
     table_stride: tensor,
     seq_len: tensor,
@@ -144,10 +172,13 @@ def _write_rows(
     LORA_PAD: constexpr,
     ROPE: constexpr,
     HALF_PAD: constexpr,
+    LATENT_STRIDE: constexpr,
+    KEY_STRIDE: constexpr,
     PAGE: constexpr,
     REQUESTS_PAD: constexpr,
     INTERLEAVED: constexpr,
     HEAD_BLOCK: constexpr,
+    UPCAST: constexpr,
 ) -> None:
     """Program (row, 0) stores the latent and the key of a row; program (row, 1 + b) rotates block b of its heads."""
     row = tl.program_id(0)
@@ -174,17 +205,18 @@ def _write_rows(
     request = _owner(query_start, requests, row, REQUESTS_PAD)
     if request == requests:
         return
-    to = pool + _slot(page_table, table_stride, seq_len, query_start, request, row, PAGE) * (LORA + ROPE)
+    slot = _slot(page_table, table_stride, seq_len, query_start, request, row, PAGE)
     source = kv + row.to(tl.int64) * kv_stride
     d = tl.arange(0, LORA_PAD)
     x = tl.load(source + d, mask=d < LORA, other=0.0).to(tl.float32)
     w = tl.load(norm + d, mask=d < LORA, other=0.0).to(tl.float32)
     x = x * tl.rsqrt(tl.sum(x * x, 0) / LORA + eps) * w
-    tl.store(to + d, x.to(pool.dtype.element_ty), mask=d < LORA)
+    tl.store(latents + slot * LATENT_STRIDE + d, _kept(x, latents, UPCAST), mask=d < LORA)
     a = tl.load(source + LORA + first, mask=pair, other=0.0).to(tl.float32)
     b = tl.load(source + LORA + second, mask=pair, other=0.0).to(tl.float32)
-    tl.store(to + LORA + i, (a * c - b * s).to(pool.dtype.element_ty), mask=pair)
-    tl.store(to + LORA + half + i, (b * c + a * s).to(pool.dtype.element_ty), mask=pair)
+    to = keys + slot * KEY_STRIDE + i
+    tl.store(to, _kept(a * c - b * s, keys, UPCAST), mask=pair)
+    tl.store(to + half, _kept(b * c + a * s, keys, UPCAST), mask=pair)
 
 
 @_jit
@@ -195,7 +227,8 @@ def _attend(
     q_rope: tensor,  # [tokens, HEADS, ROPE]
     q_rope_token_stride: tensor,
     q_rope_head_stride: tensor,
-    pool: tensor,  # [pages, PAGE, LORA + ROPE]
+    latents: tensor,  # [pages, PAGE, LORA], rows apart by LATENT_STRIDE
+    keys: tensor,  # [pages, PAGE, ROPE], by KEY_STRIDE
     page_table: tensor,
     table_stride: tensor,
     seq_len: tensor,
@@ -211,6 +244,8 @@ def _attend(
     LORA_PAD: constexpr,
     ROPE: constexpr,
     ROPE_PAD: constexpr,
+    LATENT_STRIDE: constexpr,
+    KEY_STRIDE: constexpr,
     PAGE: constexpr,
     REQUESTS_PAD: constexpr,
     ROWS: constexpr,
@@ -278,12 +313,10 @@ def _attend(
         else:
             page = tl.load(page_table + request * table_stride + position // PAGE, mask=inside, other=0).to(tl.int64)
             slot = page * PAGE + position % PAGE
-        cached = pool + (slot * (LORA + ROPE))[:, None]
-        latent = tl.load(cached + d[None, :], mask=inside[:, None] & d_ok, other=0.0)  # [KEYS, LORA_PAD]
-        key = tl.load(cached + (LORA + e)[None, :], mask=inside[:, None] & e_ok, other=0.0)
-        if UPCAST:
-            latent = latent.to(tl.float32)
-            key = key.to(tl.float32)
+        cached = latents + (slot * LATENT_STRIDE)[:, None] + d[None, :]
+        latent = tl.load(cached, mask=inside[:, None] & d_ok, other=0.0).to(ql.dtype)  # [KEYS, LORA_PAD]
+        own = keys + (slot * KEY_STRIDE)[:, None] + e[None, :]
+        key = tl.load(own, mask=inside[:, None] & e_ok, other=0.0).to(ql.dtype)
         scores = tl.dot(ql, tl.trans(latent), input_precision=PRECISION)
         scores = tl.dot(qr, tl.trans(key), acc=scores, input_precision=PRECISION) * scale_log2
         scores = tl.where(position[None, :] < limit[:, None], scores, float("-inf"))
@@ -365,7 +398,7 @@ def choose_tiles(
 ) -> Tiles:
     """Tiles for a step, from what the host knows without waiting: shapes and bounds, never a length.
 
-    `width` is lora + rope, each rounded up to a power of two; `itemsize` the pool's bytes an element.
+    `width` is lora + rope, each rounded up to a power of two; `itemsize` the queries' bytes an element.
     """
     rows = min(64, max(16, _power_of_two(max_queries * heads)))
     keys, stages = (64 if rows == 64 else 32), 2
@@ -384,15 +417,20 @@ def choose_tiles(
 def latent_append(pool: Tensor, page_table: Tensor, seq_len: Tensor, query_start: Tensor, rows: Tensor) -> None:
     """Write row `i` of request `r` at position `seq_len[r] + i`; `rows` is `[tokens, lora + rope]`."""
     _check_cache(pool, page_table, seq_len, query_start)
-    width = pool.shape[2]
-    if rows.dim() != 2 or rows.shape[1] != width or rows.stride(1) != 1:
+    # The width of a pool of bytes says where keys begin; in any other, all values are alike.
+    rope = pool.shape[2] - rows.shape[-1]
+    lora = rows.shape[-1] - rope
+    if rows.dim() != 2 or rows.stride(1) != 1 or _width(pool, lora, rope) != pool.shape[2] or min(lora, rope) < 0:
+        width = f"{pool.shape[2]}" if pool.dtype != torch.uint8 else "lora + rope"
         raise ValueError(f"rows must be [tokens, {width}] with contiguous rows, not {_describe(rows)}")
+    latents, keys = unpacked(pool, lora)
     if rows.shape[0] == 0 or seq_len.shape[0] == 0:
         return
     with torch.cuda.device(pool.get_device()):
         _copy_rows[(rows.shape[0],)](
-            rows, rows.stride(0), pool, page_table, page_table.stride(0), seq_len, query_start, seq_len.shape[0],
-            WIDTH=width, WIDTH_PAD=_power_of_two(width), PAGE=pool.shape[1],
+            rows, rows.stride(0), latents, keys, page_table, page_table.stride(0), seq_len, query_start,
+            seq_len.shape[0], LORA=lora, LORA_PAD=_power_of_two(lora), ROPE=rope, ROPE_PAD=_power_of_two(rope),
+            LATENT_STRIDE=latents.stride(1), KEY_STRIDE=keys.stride(1), PAGE=pool.shape[1],
             REQUESTS_PAD=_power_of_two(seq_len.shape[0] + 1), UPCAST=interpreted(),
         )  # fmt: skip
 
@@ -412,7 +450,8 @@ def latent_write(
     """Normalise the latents, rotate keys and queries, append latents and keys; returns the rotated queries."""
     _check_cache(pool, page_table, seq_len, query_start)
     tokens, heads, rope = q_rope.shape
-    if pool.shape[2] != shape.lora + rope or kv.shape != (tokens, pool.shape[2]) or rope != shape.rope:
+    width = shape.lora + rope
+    if pool.shape[2] != _width(pool, shape.lora, rope) or kv.shape != (tokens, width) or rope != shape.rope:
         raise ValueError(f"{shape} does not fit kv {_describe(kv)}, q_rope {_describe(q_rope)}, pool {_describe(pool)}")
     if cos.shape != (tokens, rope) or sin.shape != cos.shape:
         raise ValueError(f"cos and sin must be [{tokens}, {rope}], not {_describe(cos)} and {_describe(sin)}")
@@ -421,15 +460,17 @@ def latent_write(
     rotated = torch.empty_like(q_rope, memory_format=torch.contiguous_format)
     if tokens == 0 or seq_len.shape[0] == 0:
         return rotated.zero_()
+    latents, keys = unpacked(pool, shape.lora)
     head_block = min(32, _power_of_two(heads))
     with torch.cuda.device(pool.get_device()):
         _write_rows[(tokens, 1 + -(-heads // head_block))](
             kv, kv.stride(0), q_rope, q_rope.stride(0), q_rope.stride(1), rotated, norm, cos, sin,
             cos.stride(0), sin.stride(0), shape.eps,
-            pool, page_table, page_table.stride(0), seq_len, query_start, seq_len.shape[0],
+            latents, keys, page_table, page_table.stride(0), seq_len, query_start, seq_len.shape[0],
             HEADS=heads, LORA=shape.lora, LORA_PAD=_power_of_two(shape.lora), ROPE=rope,
+            LATENT_STRIDE=latents.stride(1), KEY_STRIDE=keys.stride(1),
             HALF_PAD=_power_of_two(rope // 2), PAGE=pool.shape[1], REQUESTS_PAD=_power_of_two(seq_len.shape[0] + 1),
-            INTERLEAVED=shape.interleaved, HEAD_BLOCK=head_block,
+            INTERLEAVED=shape.interleaved, HEAD_BLOCK=head_block, UPCAST=interpreted(),
         )  # fmt: skip
     return rotated
 
@@ -456,9 +497,9 @@ def mla_attend(
     tokens, heads, lora = q_latent.shape
     rope = q_rope.shape[2]
     requests = seq_len.shape[0]
-    if q_rope.shape[:2] != (tokens, heads) or pool.shape[2] != lora + rope:
+    if q_rope.shape[:2] != (tokens, heads) or pool.shape[2] != _width(pool, lora, rope):
         raise ValueError(f"q_latent {_describe(q_latent)}, q_rope {_describe(q_rope)}: not of pool {_describe(pool)}")
-    if q_latent.dtype != pool.dtype or q_rope.dtype != pool.dtype:
+    if q_rope.dtype != q_latent.dtype or pool.dtype not in (q_latent.dtype, torch.uint8):
         raise ValueError(f"queries are {q_latent.dtype} and {q_rope.dtype}, the pool is {pool.dtype}: must be equal")
     if q_latent.stride(2) != 1 or q_rope.stride(2) != 1:
         raise ValueError("the last dimension of q_latent and q_rope must be contiguous")
@@ -473,8 +514,9 @@ def mla_attend(
         most = tokens if max_queries is None else max_queries
         width = _power_of_two(lora) + _power_of_two(rope)
         here = processors_of(pool.get_device())
-        tiles = choose_tiles(tokens, requests, heads, width, pool.itemsize, context, most, here)
+        tiles = choose_tiles(tokens, requests, heads, width, q_latent.itemsize, context, most, here)
 
+    latents, keys = unpacked(pool, lora)
     blocks = tokens * heads // tiles.rows + (requests + 1 if heads % tiles.rows else 0)
     kept = (tiles.splits, tokens, heads) if tiles.splits > 1 else (0, 0, 0)
     partial = torch.empty(*kept, lora, dtype=torch.float32, device=pool.device)
@@ -482,10 +524,11 @@ def mla_attend(
     with torch.cuda.device(pool.get_device()):
         _attend[(blocks, tiles.splits)](
             q_latent, q_latent.stride(0), q_latent.stride(1), q_rope, q_rope.stride(0), q_rope.stride(1),
-            pool, page_table, page_table.stride(0), seq_len, query_start, out, partial, lse,
+            latents, keys, page_table, page_table.stride(0), seq_len, query_start, out, partial, lse,
             scale * 1.4426950408889634, tokens, requests,
             HEADS=heads, LORA=lora, LORA_PAD=_power_of_two(lora), ROPE=rope, ROPE_PAD=_power_of_two(rope),
-            PAGE=pool.shape[1], REQUESTS_PAD=_power_of_two(requests + 1), ROWS=tiles.rows, KEYS=tiles.keys,
+            LATENT_STRIDE=latents.stride(1), KEY_STRIDE=keys.stride(1), PAGE=pool.shape[1],
+            REQUESTS_PAD=_power_of_two(requests + 1), ROWS=tiles.rows, KEYS=tiles.keys,
             SPLITS=tiles.splits, STAGES=tiles.stages, UPCAST=interpreted(),
             PRECISION="ieee", num_warps=tiles.warps,
         )  # fmt: skip
@@ -520,28 +563,30 @@ def mla(
     query_start: Tensor,
     *,
     max_queries: int | None = None,
-    project: Callable[[Tensor, Any, Tensor | None], Tensor] = functional.linear,
+    project: Callable[[Any, Any, Tensor | None], Tensor] = functional.linear,
+    share: Callable[[Tensor], Any] = torch.Tensor.detach,
     attend: Callable[..., Tensor] = mla_attend,
 ) -> Tensor:
     """The whole attention block; arguments as of `mla_reference`, result shaped like `hidden`.
 
     `project(x, weight, bias)` computes the projections from weights of its own kind; those of norms, biases and
-    `kv_b_proj` are tensors. Instead of `kv_b_proj`, `weights` may hold its two parts as `w_uk` and `w_uv`. `attend`
-    takes the arguments of `mla_attend`.
+    `kv_b_proj` are tensors. `share(x)` is what `project` takes for an x that meets several weights. Instead of
+    `kv_b_proj`, `weights` may hold its two parts as `w_uk` and `w_uv`. `attend` takes the arguments of `mla_attend`.
     """
     x = hidden.reshape(-1, hidden.shape[-1])
     cos, sin = cos.reshape(-1, shape.rope), sin.reshape(-1, shape.rope)
 
-    def linear(x: Tensor, role: str) -> Tensor:
+    def linear(x: Any, role: str) -> Tensor:
         return project(x, weights[role], weights.get(f"{role}.bias"))
 
+    both = share(x)
     if "q_proj" in weights:
-        query = linear(x, "q_proj")
+        query = linear(both, "q_proj")
     else:
         norm = weights["q_a_layernorm"]
-        query = linear(functional.rms_norm(linear(x, "q_a_proj"), norm.shape, norm, shape.eps), "q_b_proj")
+        query = linear(functional.rms_norm(linear(both, "q_a_proj"), norm.shape, norm, shape.eps), "q_b_proj")
     q_nope, q_rope = query.view(x.shape[0], shape.heads, -1).split_with_sizes([shape.nope, shape.rope], -1)
-    kv = linear(x, "kv_a_proj_with_mqa")
+    kv = linear(both, "kv_a_proj_with_mqa")
     cache = (pool, page_table, seq_len, query_start)
     q_rope = latent_write(kv, q_rope, weights["kv_a_layernorm"], cos, sin, shape, *cache)
 
@@ -551,6 +596,11 @@ def mla(
     mixed = attend(q_latent, q_rope, *cache, shape.scale, max_queries=max_queries)
     values = torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)  # [tokens, heads, v]
     return linear(values.reshape(x.shape[0], -1), "o_proj").view(hidden.shape)
+
+
+def _width(pool: Tensor, lora: int, rope: int) -> int:
+    """Elements of a row of this pool: a pool of bytes has two for each of a key."""
+    return lora + rope * (2 if pool.dtype == torch.uint8 else 1)
 
 
 def _power_of_two(n: int) -> int:

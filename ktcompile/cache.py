@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ktcompile.errors import CapacityError, ModelFileError
 from ktcompile.ops.base import register
+from ktcompile.ops.mla import packed, unpacked
 from ktcompile.symbols import PAGE
 
 
@@ -70,14 +71,15 @@ def slots(page_table: Tensor, seq_len: Tensor, query_start: Tensor, tokens: int,
 def _append(
     pool: Tensor, page_table: Tensor, seq_len: Tensor, query_start: Tensor, first: Tensor, second: Tensor
 ) -> None:
-    rows = torch.cat([x.transpose(1, 2).flatten(2) for x in (first, second)], -1).flatten(0, 1)  # [B S, width]
+    one, other = (x.transpose(1, 2).flatten(2).flatten(0, 1) for x in (first, second))
+    rows = packed(one, other, pool.dtype)  # [B S, width]
     try:
         at = slots(page_table, seq_len, query_start, rows.shape[0], pool.shape[1])
     except IndexError as error:
         raise CapacityError(
             f"the cache holds {page_table.shape[1] * pool.shape[1]} tokens a request, and one brings more"
         ) from error
-    pool.view(-1, pool.shape[-1])[at] = rows.to(pool.dtype)
+    pool.view(-1, pool.shape[-1])[at] = rows
 
 
 def _gather(
@@ -85,7 +87,7 @@ def _gather(
 ) -> tuple[Tensor, Tensor]:
     rows = pool[page_table.long()]  # [R, P, page, width]
     batch = 1 if ragged else page_table.shape[0]
-    split = rows.reshape(batch, -1, rows.shape[-1]).split([heads * first, heads * second], -1)
+    split = unpacked(rows.reshape(batch, -1, rows.shape[-1]), heads * first)
     return tuple(x.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous() for x in split)
 
 
@@ -99,7 +101,9 @@ def _gather_fake(
 ) -> tuple[Tensor, Tensor]:
     length = page_table.shape[1] * pool.shape[1]
     batch, length = (1, page_table.shape[0] * length) if ragged else (page_table.shape[0], length)
-    return pool.new_empty(batch, heads, length, first), pool.new_empty(batch, heads, length, second)
+    kept = (torch.float8_e4m3fn, torch.bfloat16) if pool.dtype == torch.uint8 else (pool.dtype, pool.dtype)
+    one, other = ((batch, heads, length, dim) for dim in (first, second))
+    return pool.new_empty(one, dtype=kept[0]), pool.new_empty(other, dtype=kept[1])
 
 
 def _mask(
@@ -179,6 +183,8 @@ class _PagedLayer(CacheLayerMixin):
         )
         if self.last and not owner.ragged:
             owner.seq_len.add_(key_states.shape[2])
+        if owner.fp8:
+            keys, values = keys.to(key_states.dtype), values.to(value_states.dtype)
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -201,6 +207,7 @@ class PagedCache(Cache):
     Ragged (`ragged=True`; what `ktcompile.load` runs): ids `[1, T]`, the tokens of request r are
     `query_start[r]:query_start[r + 1]`; call `begin(counts)` before a step and `advance()` after it.
 
+    `fp8` keeps latents in 8 bits and their keys in bfloat16 (`ktcompile.ops.mla.packed`), whatever `dtype` is.
     `context` is the most tokens a request may hold. Memory is `requests * context` tokens, all of it allocated at once;
     `hollow`: none, for tracing.
     Raises CapacityError when a request outgrows it.
@@ -216,12 +223,13 @@ class PagedCache(Cache):
         device: torch.device | str | Sequence[torch.device | str] = "cpu",
         ragged: bool = False,
         hollow: bool = False,
+        fp8: bool = False,
     ) -> None:
         count = config.num_hidden_layers
         devices = [device] * count if isinstance(device, (str, torch.device)) else list(device)
         self.requests, self.ragged, self.row = requests, ragged, row_layout(config)
         self.pages_each = -(-context // PAGE)
-        self.context, self.dtype = context, dtype
+        self.context, self.dtype, self.fp8 = context, dtype, fp8
         self.columns = 0
         self.lengths = [0] * requests
         self.counts = [0] * requests
@@ -232,8 +240,9 @@ class PagedCache(Cache):
         self.page_table = table
         self.seq_len = torch.zeros(requests, dtype=torch.int64, device=main)
         self.query_start = torch.zeros(requests + 1, dtype=torch.int64, device=main)
-        shape = requests * self.pages_each, PAGE, self.row.width
-        pools = [torch.zeros((1, 1, 1) if hollow else shape, dtype=dtype, device=d).expand(shape) for d in devices]
+        shape = requests * self.pages_each, PAGE, self.row.width + (self.row.second if fp8 else 0)
+        kept, size = torch.uint8 if fp8 else dtype, (1, 1, 1) if hollow else shape
+        pools = [torch.zeros(size, dtype=kept, device=d).expand(shape) for d in devices]
         self.pools = pools
         super().__init__(layers=[_PagedLayer(self, pool, i == count - 1) for i, pool in enumerate(pools)])
 

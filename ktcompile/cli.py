@@ -65,6 +65,9 @@ Rules = Annotated[str | None, typer.Option(help="Rules file, or a shipped one by
 Experts = Annotated[int | None, typer.Option(help="Keep this many of the router's experts a token. Lossy.")]
 Ranking = Annotated[str | None, typer.Option(help="Which experts --experts keeps: choice (default) or weight.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute type: fp32 (default on a CPU) or bf16 (default on a GPU).")]
+CacheDtype = Annotated[
+    str | None, typer.Option(help="fp8 keeps cached latents in 8 bits: lossy. Default: the compute type.")
+]
 ContextSize = Annotated[
     int | None,
     typer.Option("--context", help="Most tokens of prompt and answers. Default: 4096, or what the model can."),
@@ -133,6 +136,7 @@ def chat(
     rules: Rules = None,
     dtype: Dtype = None,
     context: ContextSize = None,
+    cache_dtype: CacheDtype = None,
     vram: Vram = None,
     packed_cache: PackedCache = None,
     cpu_threads: Threads = None,
@@ -152,7 +156,8 @@ def chat(
         min_p,
         seed,
     )
-    compiled = _load(checkpoint, target, start, experts, ranking, quantize, rules, dtype, context, packed_cache, vram)
+    given = (experts, ranking, quantize, rules, dtype, context, packed_cache, vram, cache_dtype)
+    compiled = _load(checkpoint, target, start, *given)
     session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
     history = [{"role": "system", "content": system}] if system else []
     if text is not None:
@@ -173,6 +178,7 @@ def _load(
     context: int | None,
     packed_cache: str | None,
     vram: str | None = None,
+    cache_dtype: str | None = None,
 ) -> Any:
     """The compiled model; what is done, how long it took since `start` and what is lossy goes to stderr."""
     import torch
@@ -189,6 +195,7 @@ def _load(
             quantize=quantize,
             dtype=dtype,
             context=context,
+            cache_dtype=cache_dtype,
             target=target,
             vram=vram,
             packed_cache=packed_cache,
@@ -329,6 +336,7 @@ def bench(
     context: Annotated[
         int | None, typer.Option(help="Most tokens a request may hold. Default: what the tests need.")
     ] = None,
+    cache_dtype: CacheDtype = None,
     packed_cache: PackedCache = None,
     cpu_threads: Threads = None,
 ) -> None:
@@ -353,9 +361,8 @@ def bench(
     longest = int(getattr(checkpoint.config, "max_position_embeddings", chosen.context))
     most = longest if context is None else context
     tests = tests_for(lengths, generated, after, at_once, most)
-    compiled = _load(
-        checkpoint, target, start, experts, ranking, quantize, rules, dtype, context_for(tests, most), packed_cache
-    )
+    given = (experts, ranking, quantize, rules, dtype, context_for(tests, most), packed_cache)
+    compiled = _load(checkpoint, target, start, *given, cache_dtype=cache_dtype)
     with _progress("measuring", MofNCompleteColumn(), TimeRemainingColumn()) as (bar, task):
         report = run(
             compiled,
@@ -413,6 +420,7 @@ def explain(
     rules: Rules = None,
     dtype: Dtype = None,
     context: ContextSize = None,
+    cache_dtype: CacheDtype = None,
     vram: Vram = None,
 ) -> None:
     """Show on one page what will run where and why, before a weight is read."""
@@ -433,6 +441,7 @@ def explain(
         target=_machine(gpu, ram, vram=vram),
         dtype=dtype,
         context=context,
+        cache_dtype=cache_dtype,
     )
     if as_json and diff:
         raise RulesError("--json and --diff: give one of them")

@@ -14,11 +14,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ktcompile.budget import smallest_change
-from ktcompile.cache import PagedCache, windows
+from ktcompile.cache import PagedCache, row_layout, windows
 from ktcompile.capture import annotate_weights, attention_of, capture, computed, empty_model
 from ktcompile.checkpoint import Checkpoint, open_checkpoint
 from ktcompile.errors import CapacityError, KtransError, RulesError
-from ktcompile.graph import regions, short
+from ktcompile.graph import regions, short, value_of
 from ktcompile.kernel import Kernel, StepFacts
 from ktcompile.kernel import available as available_kernels
 from ktcompile.layers import NotEqual, first, layers_of, repeat
@@ -31,6 +31,7 @@ from ktcompile.runtime import Executable, Progress, Step, Store, check_one_layou
 from ktcompile.step_graph import NotCapturable, StepGraph
 from ktcompile.symbols import sizes as symbol_sizes
 from ktcompile.target import Target, default_threads, detect, with_vram
+from ktcompile.verify import gib
 from ktcompile.weights import ImaginedSource, MixedSource, ModuleSource, WeightSource
 
 Phase = Literal["prefill", "decode"]
@@ -39,6 +40,7 @@ PLANNED_TOKENS: dict[Phase, int] = {"decode": 1, "prefill": 512}
 """Tokens a step that a plan assumes where nobody says how many."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CACHE_DTYPES = ("fp8",)
 
 MAX_GRAPH_TOKENS = 32
 """Tokens of a decode step that is recorded as one CUDA graph."""
@@ -78,12 +80,13 @@ def pipeline_for(
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model is compiled for. `context`: most tokens a request may hold."""
+    """What a model is compiled for. `context`: most tokens a request may hold. `cache_dtype`: "fp8", or as `dtype`."""
 
     target: Target
     pipeline: Pipeline
     dtype: torch.dtype
     context: int
+    cache_dtype: str | None = None
 
 
 def settings_for(
@@ -96,17 +99,24 @@ def settings_for(
     target: Target | None = None,
     dtype: str | None = None,
     context: int | None = None,
+    cache_dtype: str | None = None,
 ) -> Settings:
     """Defaults for what is not said: this machine, the family's rules, fp32 on a CPU, bf16 on a GPU, 4096 tokens."""
     target = target or detect()
     name = dtype or ("bf16" if target.main.kind == "cuda" else "fp32")
     if name not in DTYPES:
         raise RulesError(f"no compute type {name!r}; {near(name, DTYPES)}")
+    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+        raise RulesError(f"no cache type {cache_dtype!r}; {near(cache_dtype, CACHE_DTYPES)}")
+    if cache_dtype is not None and row_layout(checkpoint.config).name != "latent":
+        kind = checkpoint.config.model_type
+        raise RulesError(f"cache type {cache_dtype}: only latents are kept so, and {kind} caches keys and values")
     longest = int(getattr(checkpoint.config, "max_position_embeddings", 4096))
     context = min(4096, longest) if context is None else context
     if not 1 <= context <= longest:
         raise RulesError(f"context {context}: this model was made for 1 to {longest} tokens")
-    return Settings(target, pipeline_for(checkpoint.config, rules, experts, ranking, quantize), DTYPES[name], context)
+    pipeline = pipeline_for(checkpoint.config, rules, experts, ranking, quantize)
+    return Settings(target, pipeline, DTYPES[name], context, cache_dtype)
 
 
 def settings_of(target: Target, pipeline: Pipeline) -> Settings:
@@ -153,7 +163,13 @@ def capture_phase(
         # The page counts the memory of one request of `context` tokens, however many requests this graph can take.
         each = -(-settings.context // requests)
         cache = PagedCache(
-            model.config, requests=requests, context=each, dtype=settings.dtype, ragged=True, hollow=True
+            model.config,
+            requests=requests,
+            context=each,
+            dtype=settings.dtype,
+            ragged=True,
+            hollow=True,
+            fp8=settings.cache_dtype == "fp8",
         )
         cache.begin([tokens // requests + (r < tokens % requests) for r in range(requests)])
         if cache.page_table.shape[1] == 1:  # dynamo takes a size of one for a constant
@@ -199,6 +215,10 @@ def run_pipeline(
 ) -> tuple[fx.GraphModule, list[Plan]]:
     """Run the passes; the plans after each pass if `every`, else the last one alone."""
     ctx = Context(settings.target, source, symbol_sizes(gm, tokens, settings.context))
+    if settings.cache_dtype is not None:
+        pools = [n for n in gm.graph.nodes if n.op == "placeholder" and n.meta.get("state")]
+        size = gib(sum(int(value_of(n).nbytes) for n in pools))
+        ctx.lossy(f"cache {size} a request: latents kept in {settings.cache_dtype} (e4m3), their keys in bf16")
     plans: list[Plan] = []
     kernels = available_kernels()
     last = settings.pipeline.passes[-1].name
@@ -289,6 +309,7 @@ class _Forward:
             dtype=self.settings.dtype,
             device=self.pool_devices,
             ragged=True,
+            fp8=self.settings.cache_dtype == "fp8",
         )
 
     def _free(self, cache: PagedCache | None = None) -> None:
@@ -447,6 +468,7 @@ def load(
     dtype: str | None = None,
     context: int | None = None,
     vram: str | int | None = None,
+    cache_dtype: str | None = None,
     packed_cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
@@ -458,6 +480,7 @@ def load(
     (`24G`); torch's allocator keeps to it in the whole process. `packed_cache`: a folder that keeps packed experts
     for the next start; `user` is the user's cache folder, `model` one beside the model. Besides the usual methods it
     has `plans` (by phase), `step`, `new_cache` and `memory`.
+    `cache_dtype`: `fp8` keeps latents in 8 bits (lossy).
     Raises ModelFileError, RulesError, CapacityError.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, gguf)
@@ -472,6 +495,7 @@ def load(
         target=target if vram is None else with_vram(target or detect(), vram),
         dtype=dtype,
         context=context,
+        cache_dtype=cache_dtype,
     )
     hollow = empty_model(checkpoint.config, settings.dtype)
     graphs: dict[Phase, fx.GraphModule] = {}

@@ -11,6 +11,7 @@ from ktcompile.errors import CapacityError, PassError
 from ktcompile.graph import Region, device_of, is_copy, is_region, is_scalar, regions, value_of
 from ktcompile.memory import workspace
 from ktcompile.ops import BY_NAME
+from ktcompile.ops.mla import packed
 from ktcompile.symbols import PAGE, Sizes, concrete, sizes
 from ktcompile.target import Target
 
@@ -213,7 +214,11 @@ def _inputs(region: Region, known: dict[str, int], seed: int = 0) -> list[Any]:
         role = roles.get(i, "")
         if role == "pool":  # a short context has fewer pages than the made-up table names
             shape[0] = max(shape[0], -(-(_STORED + _TOKENS + 2 * PAGE) // PAGE))
-        if role == "ids":
+        if role == "pool" and value.dtype == torch.uint8:  # bytes at random would be NaN
+            lora = region.binding.shape.lora
+            rows = torch.randn(*shape[:2], lora + (shape[2] - lora) // 2, generator=generator)
+            out.append(packed(rows[..., :lora], rows[..., lora:], value.dtype))
+        elif role == "ids":
             experts = region.binding.shape.experts
             out.append(
                 torch.stack([torch.randperm(experts, generator=generator)[: shape[-1]] for _ in range(shape[0])])

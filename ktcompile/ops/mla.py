@@ -5,6 +5,7 @@ rows `query_start[r]:query_start[r + 1]`, none, one (decode) or many (prefill). 
 padding: they are not stored, and attend to nothing (zeros).
 
     pool         [pages, page, lora + rope]   one layer; a row is the normalised latent, then the rotated key
+                 or uint8 [pages, page, lora + 2 * rope]: see `packed`
     page_table   [requests, P]                the pages of each request, in order; int32 or int64
     seq_len      [requests]                   tokens each request had stored before this step
     query_start  [requests + 1]               cumulative token counts of this step
@@ -40,6 +41,30 @@ class MLAShape:
     eps: float  # of both RMSNorms
 
 
+E4M3_MAX = 448.0
+"""The largest value of float8_e4m3fn."""
+
+
+def packed(latent: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `[..., width]` as a pool of this type keeps them.
+
+    uint8: the latent in float8_e4m3fn, then the key in bfloat16, so `lora + 2 * rope` bytes. A normalised latent needs
+    no scale: values beyond 448 become that. Keys are not normalised, and scores take their error times their size.
+    """
+    if dtype != torch.uint8:
+        return torch.cat([latent, key], -1).to(dtype)
+    latent = latent.clamp(-E4M3_MAX, E4M3_MAX)  # the cast alone makes NaN of more, or does not, by device and version
+    return torch.cat([latent.to(torch.float8_e4m3fn).view(torch.uint8), key.bfloat16().view(torch.uint8)], -1)
+
+
+def unpacked(rows: Tensor, lora: int) -> tuple[Tensor, Tensor]:
+    """Latents and keys of a pool's rows, in the types that they are kept in."""
+    latent, key = rows[..., :lora], rows[..., lora:]
+    if rows.dtype != torch.uint8:
+        return latent, key
+    return latent.view(torch.float8_e4m3fn), key.view(torch.bfloat16)
+
+
 def owner_reference(query_start: Tensor, tokens: int) -> Tensor:
     """The request of each row, `[tokens]` int64; `requests` (one past the last) for padding."""
     rows = torch.arange(tokens, device=query_start.device, dtype=query_start.dtype)
@@ -48,6 +73,8 @@ def owner_reference(query_start: Tensor, tokens: int) -> Tensor:
 
 def append_reference(pool: Tensor, page_table: Tensor, seq_len: Tensor, query_start: Tensor, rows: Tensor) -> None:
     """Write row `i` of request `r` at position `seq_len[r] + i`; `rows` is `[tokens, lora + rope]`."""
+    rope = pool.shape[2] - rows.shape[1]  # of a pool of bytes
+    rows = packed(rows[:, : rows.shape[1] - rope], rows[:, rows.shape[1] - rope :], pool.dtype)
     if seq_len.numel() == 0 or rows.shape[0] == 0:
         return
     page = pool.shape[1]
@@ -60,9 +87,9 @@ def append_reference(pool: Tensor, page_table: Tensor, seq_len: Tensor, query_st
     # Boolean indexing would wait for the device. Padding repeats the first row's write instead; if that is padding
     # too (padding comes last, so all rows are), slot 0 is written with what it holds.
     flat = pool.view(-1, pool.shape[2])
-    first = torch.where(owned[0], rows[0].to(pool.dtype), flat[0])
+    first = torch.where(owned[0], rows[0], flat[0])
     slot = torch.where(owned, slot, torch.where(owned[0], slot[0], 0))
-    flat[slot] = torch.where(owned[:, None], rows.to(pool.dtype), first)
+    flat[slot] = torch.where(owned[:, None], rows, first)
 
 
 def attend_reference(
@@ -86,7 +113,8 @@ def attend_reference(
     index = torch.arange(tokens, device=pool.device) - query_start[request]
     limit = torch.where(owner < seq_len.shape[0], seq_len[request] + index + 1, 0)  # [tokens]
 
-    cached = pool[page_table.long()].flatten(1, 2)[request].float()  # [tokens, P * page, lora + rope]
+    rows = pool[page_table.long()].flatten(1, 2)[request]
+    cached = torch.cat([part.float() for part in unpacked(rows, lora)], -1)  # [tokens, P * page, lora + rope]
     seen = torch.arange(cached.shape[1], device=pool.device) < limit[:, None]
     cached = torch.where(seen[..., None], cached, 0)  # 0 * NaN is NaN
     query = torch.cat([q_latent, q_rope], -1).float()

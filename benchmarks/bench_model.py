@@ -31,7 +31,6 @@ import torch
 import ktcompile
 from ktcompile.bench import Row, Test, context_for, measure, numbers, tests_for
 from ktcompile.errors import CapacityError, KtransError
-from ktcompile.generate import CHUNK
 from ktcompile.model import torch_threads
 from ktcompile.target import Target, default_threads, detect, size
 
@@ -79,7 +78,8 @@ def one(
     """Load and measure: a line for the loading and for each test as soon as they are known, then one with all of it."""
     n = shape.layers
     start = time.perf_counter()
-    model: Any = ktcompile.load(path, target=target, experts=args.experts, context=context_for(tests, shape.context))
+    context = context_for(tests, shape.context)
+    model: Any = ktcompile.load(path, target=target, experts=args.experts, context=context, chunk=args.chunk_size)
     load_s = round(time.perf_counter() - start, 2)
     plan = model.plans["decode"]
     torch.set_num_threads(torch_threads(plan, target))
@@ -268,7 +268,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-d", default="0", help="after so many tokens")
     parser.add_argument("-b", default="1", help="requests at once")
     parser.add_argument("-r", "--runs", type=int, default=3, help="of each test, after one that does not count")
-    parser.add_argument("--chunk-size", type=int, default=CHUNK, help="prompt tokens a step")
+    parser.add_argument("--chunk-size", type=int, default=2048, help="prompt tokens a step")
     parser.add_argument("--vram", help="most memory of each GPU, as 24G")
     parser.add_argument("--experts", type=int, help="keep this many of the router's experts a token; lossy")
     parser.add_argument("--cpu-threads", "--threads", type=int, help="default: all cores, from 8 on all but one")

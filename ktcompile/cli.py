@@ -68,6 +68,9 @@ Dtype = Annotated[str | None, typer.Option(help="Compute type: fp32 (default on 
 CacheDtype = Annotated[
     str | None, typer.Option(help="fp8 keeps cached latents in 8 bits: lossy. Default: the compute type.")
 ]
+ChunkSize = Annotated[
+    int | None, typer.Option(min=1, help="Prompt tokens a step. Default: 512, with a GPU 2048 or what fits.")
+]
 ContextSize = Annotated[
     int | None,
     typer.Option("--context", help="Most tokens of prompt and answers. Default: 4096, or what the model can."),
@@ -137,6 +140,7 @@ def chat(
     dtype: Dtype = None,
     context: ContextSize = None,
     cache_dtype: CacheDtype = None,
+    chunk_size: ChunkSize = None,
     vram: Vram = None,
     packed_cache: PackedCache = None,
     cpu_threads: Threads = None,
@@ -156,7 +160,7 @@ def chat(
         min_p,
         seed,
     )
-    given = (experts, ranking, quantize, rules, dtype, context, packed_cache, vram, cache_dtype)
+    given = (experts, ranking, quantize, rules, dtype, context, packed_cache, vram, cache_dtype, chunk_size)
     compiled = _load(checkpoint, target, start, *given)
     session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
     history = [{"role": "system", "content": system}] if system else []
@@ -179,6 +183,7 @@ def _load(
     packed_cache: str | None,
     vram: str | None = None,
     cache_dtype: str | None = None,
+    chunk: int | None = None,
 ) -> Any:
     """The compiled model; what is done, how long it took since `start` and what is lossy goes to stderr."""
     import torch
@@ -196,6 +201,7 @@ def _load(
             dtype=dtype,
             context=context,
             cache_dtype=cache_dtype,
+            chunk=chunk,
             target=target,
             vram=vram,
             packed_cache=packed_cache,
@@ -320,9 +326,7 @@ def bench(
     repetitions: Annotated[
         int, typer.Option("--repetitions", "-r", min=1, help="Runs of each test, after one that does not count.")
     ] = 3,
-    chunk_size: Annotated[
-        int | None, typer.Option(min=1, help="Prompt tokens a step. Default: 512, as in chat.")
-    ] = None,
+    chunk_size: ChunkSize = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the steps for chrome://tracing or Perfetto.")] = None,
     timeline: Annotated[
@@ -342,7 +346,7 @@ def bench(
 ) -> None:
     """Measure tokens a second, and where the time of a step goes. Lists as 1,16,512; 0 leaves a kind out."""
     from ktcompile.bench import context_for, numbers, tests_for
-    from ktcompile.generate import CHUNK
+    from ktcompile.generate import chunk_of
     from ktcompile.model import settings_for
     from ktcompile.report import run
     from ktcompile.timeline import chrome_trace
@@ -362,14 +366,14 @@ def bench(
     most = longest if context is None else context
     tests = tests_for(lengths, generated, after, at_once, most)
     given = (experts, ranking, quantize, rules, dtype, context_for(tests, most), packed_cache)
-    compiled = _load(checkpoint, target, start, *given, cache_dtype=cache_dtype)
+    compiled = _load(checkpoint, target, start, *given, cache_dtype=cache_dtype, chunk=chunk_size)
     with _progress("measuring", MofNCompleteColumn(), TimeRemainingColumn()) as (bar, task):
         report = run(
             compiled,
             checkpoint.name,
             tests,
             repetitions=repetitions,
-            chunk=chunk_size or CHUNK,
+            chunk=chunk_of(compiled),
             progress=lambda what, done, total: bar.update(task, completed=done, total=total, description=what),
             version=__version__,
         )
@@ -478,9 +482,11 @@ def _write(path: Path, text: str) -> None:
 def _print_diff(plans: Sequence["Plan"]) -> None:
     for i, plan in enumerate(plans):
         changed = plan.diff(plans[i - 1]) if i else f"{len(plan.rows)} regions"
-        sys.stdout.write(f"# {plan.after}\n{changed}\n")
-        notes = [f"#   {names}: {why}" if names else f"#   {why}" for by, names, why in plan.notes if by == plan.after]
-        sys.stdout.write("".join(f"{n}\n" for n in notes) + "\n")
+        notes = [f"{names}: {why}" if names else why for by, names, why in plan.notes if by == plan.after]
+        if changed == "nothing changed" and len(notes) == 1:
+            changed += f": {notes.pop()}"
+        told = "".join(f"#   {note}\n" for note in notes)
+        sys.stdout.write(f"# {plan.after}\n{changed}\n{told}\n")
 
 
 # ------------------------------------------------------------------------------------------------ model files

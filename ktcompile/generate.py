@@ -22,7 +22,12 @@ from ktcompile.cache import PagedCache
 from ktcompile.errors import CapacityError, RulesError
 
 CHUNK = 512
-"""Prompt tokens a step: an interrupt waits for one chunk at most."""
+"""Prompt tokens a step of a model that does not say how many: an interrupt waits for one chunk at most."""
+
+
+def chunk_of(model: Any) -> int:
+    """Prompt tokens that a loaded model takes a step."""
+    return int(getattr(model, "chunk", CHUNK))
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,9 @@ class Session:
         self.statistics.reused = same
         start = time.perf_counter()
         logits = torch.empty(0)
-        for at in range(same, len(prompt), CHUNK):
-            logits = self._step(prompt[at : at + CHUNK])
+        chunk = chunk_of(self.model)
+        for at in range(same, len(prompt), chunk):
+            logits = self._step(prompt[at : at + chunk])
         token = self._choose(logits)
         self.statistics.prefill_s = time.perf_counter() - start
         start = time.perf_counter()

@@ -28,7 +28,7 @@ from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_p
 from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Step, Store, check_one_layout, lower
-from ktcompile.step_graph import NotCapturable, StepGraph
+from ktcompile.step_graph import NotCapturable, StepGraph, StreamedStep
 from ktcompile.symbols import sizes as symbol_sizes
 from ktcompile.target import Target, default_threads, detect, with_vram
 from ktcompile.verify import gib
@@ -38,6 +38,12 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 PLANNED_TOKENS: dict[Phase, int] = {"decode": 1, "prefill": 512}
 """Tokens a step that a plan assumes where nobody says how many."""
+
+GPU_CHUNKS = (2048, 1024, 512)
+"""Prompt tokens a step with a GPU, where nobody says how many: the first for which its memory suffices.
+
+Every step of so many reads all experts, whatever the number: few large ones cost less than many small ones.
+"""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CACHE_DTYPES = ("fp8",)
@@ -80,13 +86,17 @@ def pipeline_for(
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model is compiled for. `context`: most tokens a request may hold. `cache_dtype`: "fp8", or as `dtype`."""
+    """What a model is compiled for. `context`: most tokens a request may hold. `cache_dtype`: "fp8", or as `dtype`.
+
+    `chunks`: prompt tokens a step, the first that fits.
+    """
 
     target: Target
     pipeline: Pipeline
     dtype: torch.dtype
     context: int
     cache_dtype: str | None = None
+    chunks: tuple[int, ...] = (PLANNED_TOKENS["prefill"],)
 
 
 def settings_for(
@@ -100,6 +110,7 @@ def settings_for(
     dtype: str | None = None,
     context: int | None = None,
     cache_dtype: str | None = None,
+    chunk: int | None = None,
 ) -> Settings:
     """Defaults for what is not said: this machine, the family's rules, fp32 on a CPU, bf16 on a GPU, 4096 tokens."""
     target = target or detect()
@@ -115,8 +126,12 @@ def settings_for(
     context = min(4096, longest) if context is None else context
     if not 1 <= context <= longest:
         raise RulesError(f"context {context}: this model was made for 1 to {longest} tokens")
+    if chunk is not None and chunk < 1:
+        raise RulesError(f"a chunk of {chunk} prompt tokens a step: 1 or more")
+    usual = GPU_CHUNKS if target.main.kind == "cuda" else (PLANNED_TOKENS["prefill"],)
+    chunks = tuple(dict.fromkeys(min(c, context) for c in (usual if chunk is None else (chunk,))))
     pipeline = pipeline_for(checkpoint.config, rules, experts, ranking, quantize)
-    return Settings(target, pipeline, DTYPES[name], context, cache_dtype)
+    return Settings(target, pipeline, DTYPES[name], context, cache_dtype, chunks)
 
 
 def settings_of(target: Target, pipeline: Pipeline) -> Settings:
@@ -212,8 +227,12 @@ def run_pipeline(
     *,
     every: bool = False,
     source: WeightSource | None = None,
+    suggest: bool = True,
 ) -> tuple[fx.GraphModule, list[Plan]]:
-    """Run the passes; the plans after each pass if `every`, else the last one alone."""
+    """Run the passes; the plans after each pass if `every`, else the last one alone.
+
+    Raises CapacityError; `suggest`: it names the smallest change that would fit, which takes several plans to find.
+    """
     ctx = Context(settings.target, source, symbol_sizes(gm, tokens, settings.context))
     if settings.cache_dtype is not None:
         pools = [n for n in gm.graph.nodes if n.op == "placeholder" and n.meta.get("state")]
@@ -245,9 +264,33 @@ def run_pipeline(
     try:
         return settings.pipeline.run(gm, ctx, observe), plans
     except CapacityError as error:
+        if not suggest:
+            raise
         change = smallest_change(error, gm, settings.pipeline, ctx, tokens, settings.context)
         told = f"The smallest change that fits: {change}" if change else "No one change was found that fits"
         raise CapacityError(f"{error}. {told}", error.device, error.excess) from error
+
+
+def run_phase(
+    gm: fx.GraphModule, settings: Settings, checkpoint: Checkpoint, phase: Phase, *, every: bool = False
+) -> tuple[fx.GraphModule, list[Plan], Settings]:
+    """`run_pipeline` for a step of usual size: of decode one token, of prefill the first of `chunks` that fits.
+
+    The settings come back with that one alone.
+    """
+    sizes = settings.chunks if phase == "prefill" else (PLANNED_TOKENS[phase],)
+    for tokens in sizes:
+        is_last = tokens == sizes[-1]
+        try:
+            made, plans = run_pipeline(
+                gm, settings, checkpoint.name, phase, tokens, every=every, source=checkpoint.source, suggest=is_last
+            )
+        except CapacityError:
+            if is_last:
+                raise
+            continue
+        return made, plans, replace(settings, chunks=(tokens,)) if phase == "prefill" else settings
+    raise AssertionError("chunks is empty")
 
 
 def explain(
@@ -269,9 +312,9 @@ def explain(
         imagined = ImaginedSource(shapes, encoding or "bf16", model.config.num_hidden_layers)
         checkpoint = replace(checkpoint, source=imagined)
     gm = capture_phase(model, phase, settings, checkpoint)
-    count = tokens or PLANNED_TOKENS[phase]
-    _, plans = run_pipeline(gm, settings, checkpoint.name, phase, count, every=every, source=checkpoint.source)
-    return plans
+    if tokens is None:
+        return run_phase(gm, settings, checkpoint, phase, every=every)[1]
+    return run_pipeline(gm, settings, checkpoint.name, phase, tokens, every=every, source=checkpoint.source)[1]
 
 
 # ------------------------------------------------------------------------------------------------ load
@@ -290,9 +333,11 @@ class _Forward:
         self.config, self.settings, self.phases, self.pool_devices = config, settings, phases, pool_devices
         self.graphs: dict[int, str] = {}  # tokens a step -> why it is not one CUDA graph, or ""
         self._recorded: WeakKeyDictionary[PagedCache, dict[int, StepGraph]] = WeakKeyDictionary()
+        self._streamed: dict[Executable, StreamedStep] = {}
+        self._unstreamable: dict[Executable, str] = {}  # why; a decode step's warning says it too
+        self._caches: WeakSet[PagedCache] = WeakSet()
         used = dict.fromkeys(m.kernel for p in phases.values() for m in p.gm.modules() if isinstance(m, Step))
         self._told = [kernel for kernel in used if type(kernel).begin is not Kernel.begin]
-        self._caches: WeakSet[PagedCache] = WeakSet()
 
     def new_cache(self, requests: int = 1) -> PagedCache:
         """An empty ragged cache for `requests` requests of up to `context` tokens each. Raises CapacityError."""
@@ -371,9 +416,29 @@ class _Forward:
             "cache.query_start": cache.query_start,
         }
         values.update({f"cache.layers.{i}.pool": pool for i, pool in enumerate(cache.pools)})
-        (logits,) = self.phases["decode" if decode else "prefill"](values)
+        executable = self.phases["decode" if decode else "prefill"]
+        streamed = self._stream_of(executable, ids.numel())
+        (logits,) = (streamed(values).cpu(),) if streamed else executable(values)
         cache.advance()
-        return logits[0]  # type: ignore[no-any-return]
+        return logits[0]
+
+    def _stream_of(self, executable: Executable, tokens: int) -> StreamedStep | None:
+        """The executable for this many tokens with the CPU's experts on the GPU's stream; None where it cannot be."""
+        main = self.settings.target.main.torch
+        is_graph = isinstance(executable.gm, fx.GraphModule)  # not while it is being profiled
+        if main.type != "cuda" or executable in self._unstreamable or not is_graph:
+            return None
+        held = self._streamed.get(executable)
+        if held is None or held.tokens < tokens:
+            if held is not None:
+                held.close()
+            try:
+                held = StreamedStep(executable, main, 1 << (tokens - 1).bit_length())
+            except NotCapturable as error:
+                self._unstreamable[executable] = str(error)
+                return None
+            self._streamed[executable] = held
+        return held
 
     def _is_decode(self, counts: Sequence[int], keep: Tensor) -> bool:
         """Whether every request brings one token and wants its logits."""
@@ -469,6 +534,7 @@ def load(
     context: int | None = None,
     vram: str | int | None = None,
     cache_dtype: str | None = None,
+    chunk: int | None = None,
     packed_cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
@@ -479,8 +545,8 @@ def load(
     while loading (lossy): `int4`, `int8`, …, or `GLOB=ENCODING,…`. `vram`: use at most so much of each GPU's memory
     (`24G`); torch's allocator keeps to it in the whole process. `packed_cache`: a folder that keeps packed experts
     for the next start; `user` is the user's cache folder, `model` one beside the model. Besides the usual methods it
-    has `plans` (by phase), `step`, `new_cache` and `memory`.
-    `cache_dtype`: `fp8` keeps latents in 8 bits (lossy).
+    has `plans` (by phase), `step`, `new_cache`, `memory` and `chunk`.
+    `cache_dtype`: `fp8` keeps latents in 8 bits (lossy). `chunk`: prompt tokens a step; default: what fits best.
     Raises ModelFileError, RulesError, CapacityError.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, gguf)
@@ -496,15 +562,14 @@ def load(
         dtype=dtype,
         context=context,
         cache_dtype=cache_dtype,
+        chunk=chunk,
     )
     hollow = empty_model(checkpoint.config, settings.dtype)
     graphs: dict[Phase, fx.GraphModule] = {}
     plans: dict[Phase, Plan] = {}
     for phase in PHASES:
         gm = capture_phase(hollow, phase, settings, checkpoint)
-        graphs[phase], (plans[phase],) = run_pipeline(
-            gm, settings, checkpoint.name, phase, PLANNED_TOKENS[phase], source=checkpoint.source
-        )
+        graphs[phase], (plans[phase],), settings = run_phase(gm, settings, checkpoint, phase)
     check_one_layout(list(graphs.values()))
     if vram is not None:
         keep_to(settings.target)
@@ -521,7 +586,7 @@ def load(
     forward = _Forward(checkpoint.config, settings, phases, _pool_devices(graphs["decode"], settings.target))
     hollow.forward = torch.compiler.disable(forward.__call__)
     extra = {"plans": plans, "step": forward.step, "new_cache": forward.new_cache, "store": store, "phases": phases}
-    extra |= {"graphs": forward.graphs, "memory": lambda: forward.memory(store)}
+    extra |= {"graphs": forward.graphs, "memory": lambda: forward.memory(store), "chunk": settings.chunks[0]}
     for name, value in extra.items():
         setattr(hollow, name, value)
     hollow.generation_config = checkpoint.generation

@@ -42,8 +42,8 @@ class StreamExperts(Pass):
                 continue
             tokens = value_of(region.inputs[region.binding.roles["ids"]]).shape[0]
             if isinstance(tokens, int):
-                ctx.skip(region, f"a step of {tokens} token{'s' * (tokens != 1)} needs few of its experts")
-                continue
+                ctx.skip("", f"off in steps of {tokens} token{'s' * (tokens != 1)}: they need few experts of a layer")
+                break
             self._share(region, shape, gpu.name, ctx)
         return gm
 

@@ -169,7 +169,7 @@ def test_the_embedded_model(ktrans, tmp_path):
 
 def test_on_a_simulated_gpu(ktrans, monkeypatch, tmp_path):
     """Copies are told, devices are apart, and what the profiler cannot see is not claimed."""
-    monkeypatch.setattr(cli, "_machine", lambda *_: gpu(8 << 20))
+    monkeypatch.setattr(cli, "_machine", lambda *_: gpu(32 << 20))
     file = tmp_path / "b.json"
     args = ("-p", "4", "-n", "2", "-r", "1", "--dtype", "fp32", "--context", "64", "--rules", without_planes(tmp_path))
     code, out, err = ktrans("bench", *args, "--json", file)

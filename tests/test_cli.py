@@ -145,8 +145,9 @@ def test_explain_writes_html_json_and_a_page_a_pass(ktrans, tmp_path):
     assert [p.name for p in sorted(folder.iterdir())] == [
         "00-fold.txt",
         "01-place.txt",
-        "02-insert-copies.txt",
-        "03-choose-kernels.txt",
+        "02-stream-experts.txt",
+        "03-insert-copies.txt",
+        "04-choose-kernels.txt",
     ]
     assert str(page) in err
 

@@ -149,7 +149,7 @@ def test_layers_are_shared_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_not_shared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         notes = passed("decode", StreamExperts(), monkeypatch=patched)[1].notes
-    assert {n.why for n in notes} == {"a step of 1 token needs few of its experts"}
+    assert {n.why for n in notes} == {"off in steps of 1 token: they need few experts of a layer"}
     with pytest.raises(RulesError, match="most = 2; a part"):
         rewritten(captured("deepseek_v3", "prefill"), GPU, Fold(), Place(), StreamExperts(2))
     gm, ctx = rewritten(captured("deepseek_v3", "prefill"), GPU, Fold(), Place(), StreamExperts())

@@ -408,7 +408,9 @@ def explain(
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens a step. Default: 1 in decode, 512 in prefill.")
     ] = None,
-    gpu: Annotated[str | None, typer.Option(help="Plan as if there were a GPU of this memory (24G), or none.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan as if there were a GPU of this memory (24G; 2x24G: two), or none.")
+    ] = None,
     ram: Annotated[str | None, typer.Option(help="Plan as if there were this much RAM (512G).")] = None,
     encoding: Annotated[
         str | None, typer.Option(help="Plan as if the weights were stored so: bf16, fp8, q8_0, q4_k_m, ...")

@@ -1,6 +1,7 @@
 """Executable: a placed graph with its weights packed, ready to call."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any
 
@@ -110,9 +111,12 @@ class Step(nn.Module):
         super().__init__()
         self.kernel, self.packed, self.call, self.device = kernel, packed, call, device
         self.inputs = len(region.inputs)
+        # On the first GPU, which is the current one, switching would cost a microsecond a region.
+        self.elsewhere = torch.cuda.device(device) if device.type == "cuda" and device.index else nullcontext()
 
     def forward(self, *args: Any) -> Any:
-        return self.kernel(self.packed, self.call, *args[: self.inputs])
+        with self.elsewhere:
+            return self.kernel(self.packed, self.call, *args[: self.inputs])
 
 
 class _BorrowedStep(nn.Module):
@@ -260,10 +264,17 @@ def _lower(gm: fx.GraphModule, step: Callable[[Region], nn.Module], *, weights: 
 
 
 def check_one_layout(graphs: Sequence[fx.GraphModule]) -> None:
-    """Invariant over all phases: a weight has one layout on one device, else it is in memory twice."""
+    """Invariant over all phases: a region lives on one device, its weights in one layout, else they are held twice."""
     seen: dict[tuple[str, str], tuple[str, str]] = {}
+    homes: dict[str, str] = {}
     for gm in graphs:
         for region in regions(gm):
+            home = homes.setdefault(region.path, str(region.home))
+            if region.weights and home != region.home:
+                raise PassError(
+                    f"{region.path} would be in memory twice: on {home} in one phase and on {region.home} in another. "
+                    "Place it by its name"
+                )
             for node in region.weights.values():
                 key = str(node.meta["weight"]), str(region.home)
                 layout = str(region.node.meta["layout"])

@@ -115,6 +115,10 @@ def with_handovers(
             if not isinstance(step, Step):
                 raise NotCapturable("the model owns its parameters")
             if step.device != main:
+                if step.device.index is not None:  # a GPU has a number, the CPU has none
+                    raise NotCapturable(
+                        f"{step.call.path} runs on {step.device}; one CUDA graph records the work of one GPU, {main}"
+                    )
                 prepare(step, node)
                 continue
             root.add_module(str(node.target), step)

@@ -22,6 +22,8 @@ It lies outside of torch's allocator. Nominal: `nvidia-smi` shows 400 to 600 MiB
 LIBRARY_BYTES = 64 << 20
 """cuBLAS' workspaces, in torch's allocator: 32 MiB (on Hopper; 8 MiB elsewhere) for each of the two streams in use."""
 
+MOST_GPUS = 16
+
 _SUFFIX = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -209,7 +211,7 @@ def detect(threads: int | None = None) -> Target:
 
 
 def fake(gpu: str | int | None = "24G", ram: str | int = "512G") -> Target:
-    """A machine one does not have: `gpu` bytes of GPU memory (None: no GPU) and `ram` bytes of RAM.
+    """A machine one does not have: `gpu` bytes of GPU memory (None: no GPU; `2x24G`: two) and `ram` bytes of RAM.
 
     Bandwidths are of a common desktop: 1 TB/s on the GPU, 250 GB/s in RAM, PCIe 4 x16 between them; a CPU with AMX and
     16 threads.
@@ -230,8 +232,21 @@ def fake(gpu: str | int | None = "24G", ram: str | int = "512G") -> Target:
     cpu = Device("cpu", "cpu", size(ram), 250e9, features, _cpu_flops(features, 16))
     if gpu is None:
         return Target((cpu,), about="imagined: RAM at 250 GB/s, a CPU with AMX, no GPU")
-    card = Device("cuda:0", "cuda", size(gpu), 1e12, frozenset({"sm89"}), 100e12, reserved=_RESERVED)
-    return Target((card, cpu), about="imagined: GPU at 1 TB/s, RAM at 250 GB/s, a CPU with AMX, PCIe 4 x16")
+    count, capacity = _several(gpu)
+    card = Device("cuda:0", "cuda", capacity, 1e12, frozenset({"sm89"}), 100e12, reserved=_RESERVED)
+    cards = tuple(replace(card, name=f"cuda:{i}") for i in range(count))
+    what = "GPU" if count == 1 else f"{count} GPUs"
+    return Target((*cards, cpu), about=f"imagined: {what} at 1 TB/s, RAM at 250 GB/s, a CPU with AMX, PCIe 4 x16")
+
+
+def _several(gpu: str | int) -> tuple[int, int]:
+    """How many GPUs, and the bytes of each, of `24G` or `2x24G`."""
+    count, found, each = str(gpu).lower().partition("x")
+    if not found:
+        return 1, size(gpu)
+    if not count.isdigit() or not 1 <= int(count) <= MOST_GPUS:
+        raise RulesError(f"{gpu!r}: write the memory of a GPU, 24G, or of several, 2x24G, up to {MOST_GPUS} of them")
+    return int(count), size(each)
 
 
 def with_sizes(real: Target, gpu: str | None = None, ram: str | None = None) -> Target:
@@ -240,10 +255,12 @@ def with_sizes(real: Target, gpu: str | None = None, ram: str | None = None) -> 
     if gpu is not None:
         devices = [d for d in devices if d.kind != "cuda"]
         if gpu.lower() != "none":
-            devices.insert(0, fake(gpu).main)
+            devices = [d for d in fake(gpu).devices if d.kind == "cuda"] + devices
     if ram is not None:
         devices = [replace(d, capacity=size(ram)) if d.kind == "cpu" else d for d in devices]
-    told = [f"a GPU of {gpu} at 1 TB/s, PCIe 4 x16" if gpu and gpu.lower() != "none" else "no GPU" if gpu else ""]
+    count, _, each = (gpu or "").rpartition("x")
+    what = f"{count} GPUs of {each}" if count else f"a GPU of {gpu}"
+    told = [f"{what} at 1 TB/s, PCIe 4 x16" if gpu and gpu.lower() != "none" else "no GPU" if gpu else ""]
     told.append(f"{ram} of RAM" if ram else "")
     return Target(tuple(devices), about=f"imagined: {', '.join(filter(None, told))}; the rest is this machine")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule
 
-from ktcompile import Context, OptionError, Pass, Region, regions, value_of
+from ktcompile import Context, OptionError, Pass, Region, device_of, regions, value_of
 from ktcompile.graph import add_results, beside, remove
 from ktcompile.kernel import available, refusal
 from ktcompile.ops.moe import MoeShape, Share
@@ -44,7 +44,9 @@ class StreamExperts(Pass):
             if isinstance(tokens, int):
                 ctx.skip("", f"off in steps of {tokens} token{'s' * (tokens != 1)}: they need few experts of a layer")
                 break
-            self._share(region, shape, gpu.name, ctx)
+            at = device_of(region.inputs[region.binding.roles["x"]])
+            near = at if at is not None and ctx.target[at].kind == "cuda" else gpu.name
+            self._share(region, shape, near, ctx)
         return gm
 
     def _share(self, region: Region, shape: MoeShape, gpu: str, ctx: Context) -> None:

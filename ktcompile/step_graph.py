@@ -235,9 +235,11 @@ class StreamedStep:
 
     def __call__(self, values: Mapping[str, Tensor]) -> Tensor:
         """The first result, on the GPU, once the step is over. `values`: inputs by name, as for the executable."""
-        args = [
-            values[i].to(self.main, non_blocking=True) if isinstance(i, str) else values[i[0]].shape[i[1]]
-            for i in self.executable.inputs
+        args = [  # what has no device is state: it stays where it is written
+            (values[i] if d is None else values[i].to(self.main, non_blocking=True))
+            if isinstance(i, str)
+            else values[i[0]].shape[i[1]]
+            for i, d in zip(self.executable.inputs, self.executable.devices, strict=True)
         ]
         for each in self.prepared[:1]:
             each.rest(False)

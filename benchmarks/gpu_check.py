@@ -1,9 +1,14 @@
-"""The embedded model on this machine's GPU against the CPU in fp32: one JSON object. Run by `make gpu-test`."""
+"""The embedded model on this machine's GPU against the CPU in fp32: one JSON object. Run by `make gpu-test`.
 
+    python benchmarks/gpu_check.py [--rules FILE]    rules for the GPU's model, say for other kernels
+"""
+
+import argparse
 import json
 import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -37,7 +42,73 @@ def forced(model, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids])).logits[0].float().log_softmax(-1).cpu()
 
 
+HELD_OUT = Path(__file__).parent.parent / "tests" / "data" / "heldout.txt"
+WINDOW, WINDOWS = 512, 6
+MOST_ERROR = 1e-2  # of |got - want| / |want|, the median row
+OF_BF16, LESS_SAME = 1.25, 0.005  # as many times the error of bf16 on the CPU, as many fewer tokens of equal argmax
+
+
+def held_out(cpu, gpu, checkpoint) -> dict[str, object]:
+    """Logits of held-out text: error of all, the median error of a row, how often the most likely token is the same."""
+    ids = checkpoint.tokenizer(HELD_OUT.read_text(), add_special_tokens=False)["input_ids"]
+    off, size, rows, same = 0.0, 0.0, [], []
+    for at in range(0, WINDOW * WINDOWS, WINDOW):
+        a, b = (model(torch.tensor([ids[at : at + WINDOW]])).logits[0].float().cpu() for model in (cpu, gpu))
+        off, size = off + float((a - b).square().sum()), size + float(a.square().sum())
+        rows.append((a - b).norm(dim=-1) / a.norm(dim=-1))
+        same.append(a.argmax(-1) == b.argmax(-1))
+    rows, same = torch.cat(rows), torch.cat(same)
+    return {
+        "tokens": len(rows),
+        "error": round((off / size) ** 0.5, 5),
+        "median_error": round(float(rows.median()), 5),
+        "error_90": round(float(rows.quantile(0.9)), 5),
+        "same_argmax": round(float(same.float().mean()), 5),
+    }
+
+
+def greedy(cpu, gpu, checkpoint, most: int = 200) -> dict[str, object]:
+    """Greedy text of `most` tokens; where it first differs, how far apart the CPU's two most likely tokens are."""
+    prompt = "Once upon a time"
+    (a, text), (b, _) = (answer(m, checkpoint, prompt, most) for m in (cpu, gpu))
+    first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    found: dict[str, object] = {"tokens": len(a), "equal": a == b, "text": text[:80]}
+    if first is not None:
+        best = forced(cpu, a[:first])[-1].topk(2).values
+        found |= {"first_difference": first, "log_probability_gap": round(float(best[0] - best[1]), 4)}
+    return found
+
+
+def stepwise(gpu, checkpoint) -> dict[str, object]:
+    """A prompt in one piece and in chunks; decode of a request alone and as one of eight."""
+    ids = torch.tensor(checkpoint.tokenizer(HELD_OUT.read_text(), add_special_tokens=False)["input_ids"][:300])
+    at = torch.arange(300)
+    whole = gpu.step(ids, at, [300], at, gpu.new_cache(1)).float().cpu()
+    cache, parts = gpu.new_cache(1), []
+    for i in range(0, 300, 77):
+        part = slice(i, min(i + 77, 300))
+        count = part.stop - part.start
+        parts.append(gpu.step(ids[part], at[part], [count], torch.arange(count), cache).float().cpu())
+    chunked = torch.cat(parts)
+    eight, alone = gpu.new_cache(8), [gpu.new_cache(1) for _ in range(8)]
+    worst = 0.0
+    for i in range(20):
+        now = torch.stack([ids[(13 * r + i) % 300] for r in range(8)])
+        together = gpu.step(now, torch.full((8,), i), [1] * 8, torch.arange(8), eight).float().cpu()
+        for r in range(8):
+            one = gpu.step(now[r : r + 1], torch.tensor([i]), [1], torch.tensor([0]), alone[r]).float().cpu()[0]
+            worst = max(worst, float((together[r] - one).norm() / one.norm()))
+    return {
+        "chunked_error": round(float((chunked - whole).norm() / whole.norm()), 5),
+        "chunked_same_argmax": round(float((chunked.argmax(-1) == whole.argmax(-1)).float().mean()), 4),
+        "batch_worst_error": round(worst, 5),
+    }
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rules", help="rules file of the GPU's model")
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print(json.dumps({"gpu": None, "why": "torch sees no CUDA device; nothing was checked"}))
         return 0
@@ -45,7 +116,7 @@ def main() -> int:
     host = detect().host
     cpu = load(checkpoint, target=Target((host,)), dtype="fp32")
     start = time.perf_counter()
-    gpu = load(checkpoint)
+    gpu = load(checkpoint, rules=arguments.rules)
     report = {
         "gpu": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
@@ -75,6 +146,13 @@ def main() -> int:
                 "same_argmax": round(same, 4),
             }
         )
+    rounded = load(checkpoint, target=Target((host,)), dtype="bf16")
+    want = report["held_out_cpu_bf16"] = held_out(cpu, rounded, checkpoint)
+    found = report["held_out"] = held_out(cpu, gpu, checkpoint)
+    report["greedy"] = greedy(cpu, gpu, checkpoint)
+    report |= {"steps": stepwise(gpu, checkpoint), "graphs": {n: why or "yes" for n, why in gpu.graphs.items()}}
+    good &= found["median_error"] <= MOST_ERROR and found["same_argmax"] >= want["same_argmax"] - LESS_SAME
+    good &= found["error"] <= OF_BF16 * want["error"] and report["steps"]["batch_worst_error"] <= 2 * MOST_ERROR
     report["paris"] = "Paris" in report["prompts"][0]["gpu"]
     report["ok"] = bool(good and report["paris"])
     print(json.dumps(report, indent=1, ensure_ascii=False))

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target
+from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
 from ktcompile.backends.reference import Reference
 from ktcompile.backends.triton_mla import interpreted, unavailable
 from ktcompile.ops.router import RouterShape, Rule, follows_rule
+from ktcompile.symbols import Sizes, nbytes
 
 # Triton has no type information, and may be missing: `Any` starts and ends here.
 try:
@@ -291,6 +292,15 @@ class TritonRouter(Kernel):
 
     def packed_bytes(self, region: Region) -> int:
         return Reference().packed_bytes(region)
+
+    def workspace_bytes(self, region: Region, sizes: Sizes) -> int:
+        x = value_of(region.inputs[0])
+        experts, width = int(region.binding.shape.experts), int(x.shape[-1])
+        tokens = nbytes(x, sizes) // (int(x.element_size()) * width)
+        made = tokens * experts * -(-width // _COLUMNS)  # parts of logits
+        if tokens > MAX_ROWS:
+            made = (tokens + experts) * width + tokens * experts  # x and the weight in float32, logits
+        return nbytes(value_of(region.node), sizes) + 4 * made
 
     def cost(self, region: Region, target: Target) -> Cost:
         return Reference().cost(region, target)

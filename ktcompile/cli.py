@@ -262,6 +262,8 @@ def _answer(session: "Session", messages: Sequence[dict[str, str]], most: int, t
 
 
 def _converse(session: "Session", history: list[dict[str, str]], most: int, think: bool) -> None:
+    from ktcompile.errors import CapacityError
+
     err.print("[dim]Enter sends, Alt+Enter is a new line. /new starts over, Ctrl-C stops an answer, Ctrl-D ends.[/dim]")
     ask = _reader()
     start = list(history)
@@ -279,7 +281,12 @@ def _converse(session: "Session", history: list[dict[str, str]], most: int, thin
             err.print("[dim]new conversation[/dim]")
             continue
         history = [*history, {"role": "user", "content": text}]
-        answer = _answer(session, history, most, think)
+        try:
+            answer = _answer(session, history, most, think)
+        except CapacityError as error:  # what was said before stays; a shorter message may do
+            err.print(f"{error}", markup=False, style="red", soft_wrap=True)
+            history = history[:-1]
+            continue
         history.append({"role": "assistant", "content": answer})
 
 

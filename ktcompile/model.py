@@ -358,10 +358,18 @@ class _Forward:
         )
 
     def _free(self, cache: PagedCache | None = None) -> None:
-        """Let go of what a failed call may have left: graphs of its cache, and memory that torch keeps for later."""
-        for graph in self._recorded.pop(cache, {}).values() if cache is not None else ():
-            graph.close()
-        if self.settings.target.main.torch.type == "cuda":
+        """Let go of what a failed call may have left: graphs of its cache, and memory that torch keeps for later.
+
+        Prompts' experts on the CPU are prepared anew: a call of them may have been submitted and not waited for.
+        """
+        on_gpu = self.settings.target.main.torch.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self.settings.target.main.torch)
+        graphs = self._recorded.pop(cache, {}).values() if cache is not None else ()
+        for held in (*graphs, *self._streamed.values()):
+            held.close()
+        self._streamed.clear()
+        if on_gpu:
             torch.cuda.empty_cache()
 
     def memory(self, store: Store) -> dict[str, Held]:

@@ -63,6 +63,16 @@ def test_ctrl_c_stops_the_answer_not_the_program(ktrans, monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_message_that_is_too_long_does_not_end_the_conversation(ktrans):
+    long = "word " * 400
+    code, out, err = ktrans(
+        "chat", "--temperature", "0", "--context", "128", stdin=f"{long}\nWhat is the capital of France?\n"
+    )
+    assert code == 0
+    assert "the context holds 128" in err
+    assert out.endswith("The capital of France is Paris.\n")
+
+
 def test_the_same_seed_gives_the_same_text(ktrans):
     texts = {
         ktrans("chat", "-p", "Tell me a story.", "--seed", "3", "--temperature", "1", "--max-new-tokens", "20")[1]

@@ -159,7 +159,7 @@ def test_no_kernel_is_an_error_that_says_why(checkpoint: Checkpoint) -> None:
 def test_it_fits_by_the_bytes_that_it_will_have(checkpoint: Checkpoint) -> None:
     """A model too large as stored fits if its experts are to be quantised."""
     (use,) = plan_of(checkpoint, "*=keep").uses
-    tight = Target((replace(detect().host, capacity=use.weights + use.cache - (1 << 20)),))
+    tight = Target((replace(detect().host, capacity=use.total - (1 << 20)),))
     with pytest.raises(CapacityError):
         plan_of(checkpoint, "*=keep", tight)
     assert plan_of(checkpoint, "int4", tight).uses[0].weights < use.weights - (1 << 20)

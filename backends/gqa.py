@@ -10,7 +10,7 @@ from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_o
 from ktcompile.backends import native
 from ktcompile.backends.reference import Reference
 from ktcompile.backends.triton_gqa import gqa
-from ktcompile.backends.triton_linear import linear, pack_planes, planes_bytes, planes_refuses, weight_of
+from ktcompile.backends.triton_linear import linear, pack_planes, planes_bytes, planes_refuses, shared, weight_of
 from ktcompile.backends.triton_mla import unavailable
 from ktcompile.kernel import CONTEXT, TOKENS
 from ktcompile.ops.mla import role
@@ -98,4 +98,4 @@ class TritonGQAPlanes(TritonGQA):
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
         weights = {role(leaf): weight_of(packed, leaf) for leaf in region.leaves}
         hidden, cos, sin, *cache = inputs
-        return gqa(hidden, cos, sin, weights, region.shape, *cache, project=linear)
+        return gqa(hidden, cos, sin, weights, region.shape, *cache, project=linear, share=shared)

@@ -435,19 +435,23 @@ def gqa(
     query_start: Tensor,
     *,
     max_queries: int | None = None,
-    project: Callable[[Tensor, Any, Tensor | None], Tensor] = functional.linear,
+    project: Callable[[Any, Any, Tensor | None], Tensor] = functional.linear,
+    share: Callable[[Tensor], Any] = torch.Tensor.detach,
 ) -> Tensor:
     """The whole attention block; arguments as of `gqa_reference`, result shaped like `hidden`.
 
     `project(x, weight, bias)` computes the projections from weights of its own kind; all other weights are tensors.
+    `share(x)` is what it takes for an x that meets several weights.
     """
     x = hidden.reshape(-1, hidden.shape[-1])
-    cos, sin = cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
+    # Of some models they are a product's transpose.
+    cos, sin = (t.reshape(-1, t.shape[-1]).contiguous() for t in (cos, sin))
 
-    def linear(x: Tensor, role: str) -> Tensor:
+    def linear(x: Any, role: str) -> Tensor:
         return project(x, weights[role], weights.get(f"{role}.bias"))
 
-    query, key, value = (linear(x, f"{role}_proj") for role in "qkv")
+    all_three = share(x)
+    query, key, value = (linear(all_three, f"{role}_proj") for role in "qkv")
     norms = (weights["q_norm"], weights["k_norm"]) if "q_norm" in weights else None
     if norms is not None and any(n.shape != (shape.dim,) for n in norms):  # of whole projections
         query, key = (

@@ -12,7 +12,7 @@ import torch
 from flashinfer_stand_in import BatchMLAPagedAttentionWrapper, modules
 from models import captured_plain, rewritten
 from test_simulated_gpu import gpu
-from test_triton_mla import DEVICE, HERE, Step, close, make_step, make_weights, randn
+from test_triton_mla import DEVICE, HERE, SIMULATED, Step, close, make_step, make_weights, randn
 from torch import Tensor
 
 from ktcompile import Call, Packed, load, regions
@@ -280,7 +280,7 @@ pipeline:
 """
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the simulated GPU needs Triton's interpreter")
+@SIMULATED
 def test_a_model_says_its_steps(wrappers: Wrappers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill of 9 and 3 tokens, two decode steps: one plan each, and the logits that Triton's kernels give."""
     monkeypatch.setattr(flashinfer_mla, "LATENT", 64)  # the embedded model's rows are small

@@ -14,7 +14,7 @@ import torch
 from models import checkpoint as tiny
 from models import rewritten
 from test_simulated_gpu import at_once, forced, gpu, stepwise, without_planes
-from test_triton_mla import DEVICE, HERE, SHAPE, Step, close, make_step, make_weights, randn
+from test_triton_mla import HERE, SHAPE, SIMULATED, Step, close, make_step, make_weights, randn
 from torch import Tensor
 
 from ktcompile import RulesError, Target, regions
@@ -158,7 +158,7 @@ def test_attention_is_found(phase: Phase) -> None:
     assert not ctx.notes and len(list(regions(gm, op="mla"))) == 6
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the simulated GPU needs Triton's interpreter")
+@SIMULATED
 def test_on_a_gpu(tmp_path: Path) -> None:
     """Triton's kernels in a model: the logits of the captured code."""
     rules = without_planes(tmp_path)

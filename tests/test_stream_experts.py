@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from models import GPU, captured, rewritten
 from test_simulated_gpu import HOST, gpu
 from test_synthetic import synthetic, tiny
-from test_triton_mla import DEVICE, H100, HERE, Recorder, run_here
+from test_triton_mla import DEVICE, H100, HERE, SIMULATED, Recorder, run_here
 from torch import Tensor
 
 from ktcompile import Region, RulesError, Target, load, regions
@@ -183,6 +183,7 @@ def rules(tmp_path: Path) -> Path:
 
 
 @HERE
+@SIMULATED
 def test_a_whole_model(file: Path, rules: Path) -> None:
     """Prefill and two steps on a GPU that is the CPU: the logits of a model whose experts do not stream, up to bf16."""
     given = load(file, target=gpu(1 << 30), dtype="bf16", context=64, rules=rules)

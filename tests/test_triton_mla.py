@@ -29,6 +29,7 @@ from ktcompile.ops.mla import MLAShape, append_reference, attend_reference, mla_
 
 DEVICE = "cuda" if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available() else "cpu"
 HERE = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
+SIMULATED = pytest.mark.skipif(DEVICE == "cuda", reason="its GPU is the CPU: this is for Triton's interpreter")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of |got - want| / |want|, whole tensor
 H100 = Processors(132, 227 << 10)
 

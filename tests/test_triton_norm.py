@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import CONFIGS, GPU, captured, captured_plain, plan, rewritten
-from test_triton_mla import DEVICE, H100, HERE, Recorder, randn, run_here
+from test_triton_mla import DEVICE, H100, HERE, SIMULATED, Recorder, randn, run_here
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -179,6 +179,7 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernel]:
 
 
 @HERE
+@SIMULATED
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss"])
 def test_whole_models(name: str, phase: Any, with_kernels: dict[str, Kernel]) -> None:

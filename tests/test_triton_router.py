@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIGS, GPU, captured, rewritten
-from test_triton_mla import DEVICE, H100, HERE, Recorder, randn, run_here
+from test_triton_mla import DEVICE, H100, HERE, SIMULATED, Recorder, randn, run_here
 from test_triton_norm import CHOICE
 from torch import Tensor, nn
 from transformers import (
@@ -259,7 +259,7 @@ class Gate(nn.Module):
 @pytest.mark.parametrize("name", NAMES)
 def test_rules_are_read_from_the_code(name: str, dtype: torch.dtype) -> None:
     router, wanted = hugging_face(name, dtype)
-    gate = Gate(router)
+    gate = Gate(router.cpu())
     gm = capture(lambda x: gate(x), (torch.randn(2, 5, 100).to(dtype),))
     (region,) = regions(rewritten(gm, ON_GPU, Fold())[0], op="router")
     found = region.binding.shape
@@ -315,6 +315,7 @@ def test_pruning() -> None:
 
 
 @HERE
+@SIMULATED
 def test_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A prefill and three steps, all norms and routers in Triton, attention not (slow here): the logits of the CPU."""
     found = available() | {"triton_norm": triton_norm.TritonNorm(), "triton_router": kernels.TritonRouter()}

@@ -247,7 +247,7 @@ class Layer:
                     f"experts' memory cannot be pinned (CUDA error {status}): prompts stream it slower", stacklevel=2
                 )
                 return
-            weakref.finalize(t, runtime.cudaHostUnregister, t.data_ptr())
+            weakref.finalize(t, runtime.cudaHostUnregister, t.data_ptr()).atexit = False  # the process ends that anyway
 
 
 def chunks(layer: Layer, count: int, device: torch.device) -> Iterator[tuple[int, int, list[Tensor]]]:

@@ -9,38 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ktcompile.backends.triton_language import constexpr, jit, tensor, tl, triton
 from ktcompile.kernel import Prepared
-
-# Triton has no type information, and may be missing: `Any` starts and ends here.
-try:
-    triton: Any = import_module("triton")
-    tl: Any = import_module("triton.language")
-except ImportError:
-    triton = tl = None
-
-# The compiler looks the annotations of a kernel up among the globals, and accepts only names of Triton's.
-if TYPE_CHECKING:
-    from typing import Any as constexpr
-    from typing import Any as tensor
-elif triton is not None:
-    constexpr, tensor = tl.constexpr, tl.tensor
 
 _BLOCK = 1024  # elements a program
 
 
-def _jit(kernel: Callable[..., Any]) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
-
-@_jit
+@jit
 def _send(
     x: tensor,  # [tokens, WIDTH]
     x_stride: tensor,
@@ -84,7 +66,7 @@ def _send(
         tl.atomic_xchg(flag, 1, sem="release", scope="sys")
 
 
-@_jit
+@jit
 def _receive(host: tensor, out: tensor, count: tensor, BLOCK: constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(host + at, mask=at < count, volatile=True)  # no cache may answer with the last step's

@@ -1,44 +1,25 @@
-"""One token times a matrix in planes, in integers: four products an instruction instead of one.
+"""Few tokens times a matrix in planes, in integers: four products an instruction instead of one.
 
 x becomes integers of 16 bits with a scale for each unit of 32 columns, kept as two bytes (high signed, low not), once
 for all matrices that it meets; codes are bytes as they come out of the planes by a shift and a mask. `dp4a` multiplies
 four codes with four bytes and adds; a unit's sum is scaled once. The rounding of x, 2^-16 of the largest of its 32, is
 far below that of bfloat16. In float32 the same loop takes more instructions than the memory leaves time for.
 
-Nothing here waits for the device. Without Triton this module still imports.
+Tokens are computed by programs of their own, side by side so that they share what the caches have of the matrix: a
+token's result is the same to the bit alone and in a batch. Nothing here waits for the device. Without Triton this
+module still imports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ktcompile.backends.planes import UNIT, Planes
+from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
 from ktcompile.backends.triton_mla import interpreted
-
-# Triton has no type information, and may be missing: `Any` starts and ends here.
-try:
-    triton: Any = import_module("triton")
-    tl: Any = import_module("triton.language")
-except ImportError:
-    triton = tl = None
-
-# The compiler looks the annotations of a kernel up among the globals, and accepts only names of Triton's.
-if TYPE_CHECKING:
-    from typing import Any as constexpr
-    from typing import Any as tensor
-elif triton is not None:
-    constexpr, tensor = tl.constexpr, tl.tensor
-
-
-def _jit(kernel: Callable[..., Any]) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 # Of x as integers there are, by units, in one buffer of int32: 8 words of high bytes, then of all units 8 words of low
@@ -47,15 +28,18 @@ def _jit(kernel: Callable[..., Any]) -> Any:
 _WORDS = 19  # of x a unit
 
 
-@_jit
+@jit
 def _quantize(
-    x: tensor,  # [COLS]
-    words: tensor,
+    x: tensor,  # [tokens, COLS]
+    x_stride: tensor,
+    words: tensor,  # [tokens, 19 * units]
     COLS: constexpr,
     UNITS: constexpr,
 ) -> None:
-    """Program: UNITS units. A unit with a value that is not finite gets a scale that is not: its products show it."""
+    """Program (UNITS units, token). Where a value is not finite, a unit's scale is not: products show it."""
     ALL: constexpr = (COLS + 31) // 32
+    x += tl.program_id(1).to(tl.int64) * x_stride
+    words += tl.program_id(1) * (ALL * 19)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     column = unit[:, None, None] * 32 + tl.arange(0, 2)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
     v = tl.load(x + column, mask=column < COLS, other=0.0).to(tl.float32)
@@ -73,7 +57,7 @@ def _quantize(
     tl.store(floats + half, tl.sum(n, 2).to(tl.float32) * scale[:, None], mask=inside[:, None])
 
 
-@_jit
+@jit
 def _byte(word: tensor, i: constexpr, SIGNED: constexpr) -> tensor:
     found = (word >> (8 * i)) & 255
     if SIGNED:
@@ -81,7 +65,7 @@ def _byte(word: tensor, i: constexpr, SIGNED: constexpr) -> tensor:
     return found
 
 
-@_jit
+@jit
 def _dp4a(codes: tensor, x: tensor, add: tensor, SIGNED: constexpr, EMULATE: constexpr) -> tensor:
     """`add` plus four unsigned bytes of `codes` times four bytes of `x`."""
     if EMULATE:
@@ -97,7 +81,7 @@ def _dp4a(codes: tensor, x: tensor, add: tensor, SIGNED: constexpr, EMULATE: con
     )
 
 
-@_jit
+@jit
 def _products(
     a: tensor,  # [ROWS, WARP_ROWS, UNITS, 4] words of codes
     x_high: tensor,  # [1, WARP_ROWS, UNITS, 4] words
@@ -110,13 +94,13 @@ def _products(
     return _dp4a(a, x_high, high, True, EMULATE), _dp4a(a, x_low, low, False, EMULATE)
 
 
-@_jit
+@jit
 def _joined(high: tensor, low: tensor) -> tensor:
     """The sum over the words: int32, at most 255 * 2^15 * 32."""
     return tl.sum(high, 3) * 256 + tl.sum(low, 3)
 
 
-@_jit
+@jit
 def _load(
     low: tensor,
     high: tensor,
@@ -170,7 +154,7 @@ def _load(
     return a, b, bits_a, bits_b, factor, minimum, first, second
 
 
-@_jit
+@jit
 def _dot(
     words: tensor,  # x, as `_quantize` leaves it
     low: tensor,
@@ -180,7 +164,7 @@ def _dot(
     d: tensor,
     dmin: tensor,
     bias: tensor,  # [rows], or unused
-    out: tensor,  # [rows]
+    out: tensor,  # [tokens, rows]
     rows: tensor,
     COLS: constexpr,
     LOW: constexpr,
@@ -195,19 +179,21 @@ def _dot(
     UNITS: constexpr,
     EMULATE: constexpr,
 ) -> None:
-    """A program sums ROWS * WARP_ROWS rows. A thread has one unit of ROWS rows at a time: 16 bytes a load, and all
-    that belongs to it, so that nothing crosses threads before the end of the loop. The next step's unit is loaded
-    before this one's is multiplied: memory has work all the time.
+    """Program (token, block of ROWS * WARP_ROWS rows). A thread has one unit of ROWS rows at a time: 16 bytes a load,
+    and all that belongs to it, so that nothing crosses threads before the end of the loop. The next step's unit is
+    loaded before this one's is multiplied: memory has work all the time.
 
     Shapes are chosen for that: the compiler gives a thread up to 16 bytes along the last axis, a warp up to 32 units,
     the other warps WARP_ROWS. x has an axis WARP_ROWS too, else it would be spread over all warps.
     """
+    ALL: constexpr = (COLS + 31) // 32
+    words += tl.program_id(0) * (ALL * 19)
+    out += tl.program_id(0).to(tl.int64) * rows
     zero = tl.zeros([WARP_ROWS], tl.int32)[None, :, None]
-    row = tl.program_id(0) * (ROWS * WARP_ROWS) + tl.arange(0, ROWS)[:, None] * WARP_ROWS
+    row = tl.program_id(1) * (ROWS * WARP_ROWS) + tl.arange(0, ROWS)[:, None] * WARP_ROWS
     row = row + tl.arange(0, WARP_ROWS)[None, :]  # [ROWS, WARP_ROWS]
     at = tl.minimum(row, rows - 1)[:, :, None]  # the last row again instead of one beyond
     total = tl.zeros([ROWS, WARP_ROWS, UNITS], tl.float32)
-    ALL: constexpr = (COLS + 31) // 32
     four = tl.arange(0, 4)[None, None, None, :]
     floats = words.to(tl.pointer_type(tl.float32)) + ALL * 16
     a, b, bits_a, bits_b, factor, minimum, first, second = _load(
@@ -270,7 +256,7 @@ def _dot(
 
 @dataclass(frozen=True)
 class Vector:
-    """One token as integers, for every matrix in planes that it meets. `x [1, cols]` is what they were made of."""
+    """Tokens as integers, for every matrix in planes that they meet. `x [tokens, cols]` is what they were made of."""
 
     x: Tensor
     words: Tensor
@@ -290,6 +276,10 @@ class DotTiles:
         return max(1, self.warp_rows * self.units // 32)
 
 
+INTERPRETED = DotTiles(16, 8, 64)
+"""The interpreter takes as long for a small program as for a large one."""
+
+
 def dot_tiles(rows: int, cols: int, count: int) -> DotTiles:
     """Tiles for a matrix, by rows, columns and multiprocessors: the best of 18 on an H200, or within 8 % of it.
 
@@ -302,26 +292,27 @@ def dot_tiles(rows: int, cols: int, count: int) -> DotTiles:
 
 
 def vector(x: Tensor) -> Vector:
-    """`x [1, cols]` of 16 bits as integers."""
-    cols = x.shape[-1]
+    """`x [tokens, cols]` with neighbouring columns as integers."""
+    tokens, cols = x.shape
     units = -(-cols // UNIT)
-    words = torch.empty(units * _WORDS, dtype=torch.int32, device=x.device)
+    words = torch.empty(tokens, units * _WORDS, dtype=torch.int32, device=x.device)
     block = 16
     with torch.cuda.device(x.get_device()):
-        _quantize[(-(-units // block),)](x, words, COLS=cols, UNITS=block, num_warps=4)
+        _quantize[(-(-units // block), tokens)](x, x.stride(0), words, COLS=cols, UNITS=block, num_warps=4)
     return Vector(x, words)
 
 
 def dot(x: Vector, p: Planes, bias: Tensor | None = None, tiles: DotTiles | None = None, count: int = 132) -> Tensor:
-    """`[1, rows]` in the type of x. Not for FP8, which has no integers. `count`: multiprocessors."""
+    """`[tokens, rows]` in the type of x. Not for FP8, which has no integers. `count`: multiprocessors."""
     f, found = p.format, p.tensors
     low = found["low"]
     if low.numel() >= 1 << 33:  # offsets are int32, in words
         raise ValueError(f"a matrix of {low.numel()} bytes; dot takes less than 8 GiB")
     planes = (found.get(name, low) for name in ("low", "high", "scale", "low_scale", "d", "dmin"))
-    out = torch.empty(1, p.rows, dtype=x.x.dtype, device=low.device)
-    t = tiles or dot_tiles(p.rows, p.cols, count)
-    grid = (-(-p.rows // (t.rows * t.warp_rows)),)
+    tokens = x.words.shape[0]
+    out = torch.empty(tokens, p.rows, dtype=x.x.dtype, device=low.device)
+    t = tiles or (INTERPRETED if interpreted() else dot_tiles(p.rows, p.cols, count))
+    grid = (tokens, -(-p.rows // (t.rows * t.warp_rows)))
     with torch.cuda.device(out.get_device()):
         _dot[grid](
             x.words, *planes, out if bias is None else bias, out, p.rows, BIAS=bias is not None,

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
 from ktcompile.backends.triton_mla import (
     Tiles,
     _check_cache,
@@ -40,31 +40,12 @@ from ktcompile.backends.triton_mla import (
 )
 from ktcompile.ops.gqa import GQAShape
 
-# Triton has no type information, and may be missing: `Any` starts and ends here.
-try:
-    triton: Any = import_module("triton")
-    tl: Any = import_module("triton.language")
-except ImportError:
-    triton = tl = None
-
-# The compiler looks the annotations of a kernel up among the globals, and accepts only names of Triton's.
-if TYPE_CHECKING:
-    from typing import Any as constexpr
-    from typing import Any as tensor
-elif triton is not None:
-    constexpr, tensor = tl.constexpr, tl.tensor
-
-
-def _jit(kernel: Callable[..., Any]) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
-
 # ---------------------------------------------------------------------------------------------------------- kernels
 # `..._PAD` is the next power of two: Triton's blocks need one. UPCAST: the interpreter computes bfloat16 on bit
 # patterns, silently wrong, so there every load becomes float32.
 
 
-@_jit
+@jit
 def _rotated(
     source: tensor,  # [HEAD_BLOCK, 1] pointers to heads
     ok: tensor,  # [HEAD_BLOCK, 1]
@@ -106,7 +87,7 @@ def _rotated(
     return x * c[None, :] + y * s[None, :]
 
 
-@_jit
+@jit
 def _write(
     query: tensor,  # [tokens, HEADS * DIM], as projected
     query_stride: tensor,
@@ -169,7 +150,7 @@ def _write(
     tl.store(to + KV_HEADS * DIM, v.to(pool.dtype.element_ty), mask=ok)
 
 
-@_jit
+@jit
 def _attend(
     query: tensor,  # [tokens, HEADS, DIM], contiguous
     pool: tensor,  # [pages, PAGE, 2 * KV_HEADS * DIM]

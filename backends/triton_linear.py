@@ -1,6 +1,6 @@
 """linear and mlp on a GPU from weights in the bits of the file: Triton kernels over planes, repacked once.
 
-Four ways to multiply, by the number of tokens: `dot` of triton_dot (one, in integers), `_gemv` (one, in float32: where
+Four ways to multiply, by the number of tokens: `dot` of triton_dot (few, in integers), `_gemv` (one, in float32: where
 x has 32 bits or codes are FP8), `_gemm` (weights rounded to the type of x in registers, tensor cores), and `dequantize`
 with torch's product. Nothing here waits for the device or reads a value on the host, so all but packing can be captured
 in a CUDA graph. Without Triton this module still imports; `unavailable()` of `triton_mla` says why nothing in it can
@@ -9,10 +9,8 @@ run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,35 +22,17 @@ from ktcompile.backends.encoded import _quantized
 from ktcompile.backends.planes import FORMATS, UNIT, Planes, planes
 from ktcompile.backends.reference import plain_cost
 from ktcompile.backends.triton_dot import Vector, dot, vector
+from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
 from ktcompile.backends.triton_mla import interpreted, processors_of, unavailable
 from ktcompile.symbols import Sizes, nbytes
 from ktcompile.weights import Part, WeightSource, values
-
-# Triton has no type information, and may be missing: `Any` starts and ends here.
-try:
-    triton: Any = import_module("triton")
-    tl: Any = import_module("triton.language")
-except ImportError:
-    triton = tl = None
-
-# The compiler looks the annotations of a kernel up among the globals, and accepts only names of Triton's.
-if TYPE_CHECKING:
-    from typing import Any as constexpr
-    from typing import Any as tensor
-elif triton is not None:
-    constexpr, tensor = tl.constexpr, tl.tensor
-
-
-def _jit(kernel: Callable[..., Any]) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 # Every kernel takes the same planes and the same constants of the format. What a format has not is never loaded: its
 # pointer is that of `low`. K is a constant: there are few per model, and every offset is then known.
 
 
-@_jit
+@jit
 def _factors(
     scale: tensor,
     low_scale: tensor,
@@ -86,14 +66,14 @@ def _factors(
     return factor, minimum
 
 
-@_jit
+@jit
 def _float8(code: tensor) -> tensor:
     """e4m3 as a float32, divided by 256: the bits of a half whose exponent has a larger bias. Exact; knows no NaN."""
     code = code.to(tl.int16)
     return (((code & 0x80) << 8) | ((code & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32)
 
 
-@_jit
+@jit
 def _code(low: tensor, word: tensor, i: tensor, HALF: constexpr, LOW: constexpr, HIGH: constexpr) -> tensor:
     """The codes of columns `i` (0 to 15) of a half unit: int32. `word` is this half's high bits, if there are any."""
     code = low.to(tl.int32)
@@ -106,7 +86,7 @@ def _code(low: tensor, word: tensor, i: tensor, HALF: constexpr, LOW: constexpr,
     return code
 
 
-@_jit
+@jit
 def _partial(low: tensor, word: tensor, i: tensor, x: tensor, HALF: constexpr, LOW: constexpr, HIGH: constexpr,
              FLOAT8: constexpr) -> tensor:  # fmt: skip
     """The sum of x times code over the last axis; of integer codes, x times (1 + code / 2^bits).
@@ -119,7 +99,7 @@ def _partial(low: tensor, word: tensor, i: tensor, x: tensor, HALF: constexpr, L
     return tl.sum((code | 0x3F800000).to(tl.float32, bitcast=True) * x, 3)
 
 
-@_jit
+@jit
 def _eight(x: tensor, unit: tensor, inside: tensor, zero: tensor, FIRST: constexpr, COLS: constexpr) -> tensor:
     """Eight columns of x in each unit, from column FIRST of it: float32 [1, WARP_ROWS, UNITS, 8]."""
     column = zero[:, None, None] + (unit * 32 + FIRST)[None, :, None] + tl.arange(0, 8)[None, None, :]
@@ -130,13 +110,13 @@ def _eight(x: tensor, unit: tensor, inside: tensor, zero: tensor, FIRST: constex
     return found.to(tl.float32)[None, :, :, :]
 
 
-@_jit
+@jit
 def _halve(low: tensor, ROWS: constexpr, WARP_ROWS: constexpr, UNITS: constexpr) -> tensor:
     """[..., 16] to its first and its last 8: neighbours stay in one thread."""
     return tl.split(tl.permute(tl.reshape(low, (ROWS, WARP_ROWS, UNITS, 2, 8)), (0, 1, 2, 4, 3)))
 
 
-@_jit
+@jit
 def _gemv(
     x: tensor,  # [COLS]
     low: tensor,
@@ -234,7 +214,7 @@ def _gemv(
     tl.store(out + row, result.to(out.dtype.element_ty), mask=row < rows)
 
 
-@_jit
+@jit
 def _decoded(
     low: tensor,
     high: tensor,
@@ -281,7 +261,7 @@ def _decoded(
     return value
 
 
-@_jit
+@jit
 def _gemm(
     x: tensor,  # [tokens, COLS]
     x_stride: tensor,
@@ -345,7 +325,7 @@ def _gemm(
     tl.store(to, total.to(partial.dtype.element_ty), mask=(row < rows)[:, None] & (token < tokens)[None, :])
 
 
-@_jit
+@jit
 def _add_splits(partial: tensor, out: tensor, n: tensor, SPLITS: constexpr, BLOCK: constexpr) -> None:
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -354,7 +334,7 @@ def _add_splits(partial: tensor, out: tensor, n: tensor, SPLITS: constexpr, BLOC
     tl.store(out + i, total.to(out.dtype.element_ty), mask=i < n)
 
 
-@_jit
+@jit
 def _dequantize(
     low: tensor,
     high: tensor,
@@ -389,7 +369,7 @@ def _dequantize(
         tl.store(out + at[:, None, None] * COLS + column, value.to(out.dtype.element_ty), mask=ok)
 
 
-@_jit
+@jit
 def _activate(
     gate: tensor,
     up: tensor,
@@ -413,6 +393,9 @@ def _activate(
 # --------------------------------------------------------------------------------------------------------- launches
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+DOT_TOKENS = 8
+"""So many tokens go by integers: of V3's o_proj one costs 27 us on an H200, and any number by `_gemm` 210."""
 
 GEMM_TOKENS = 16
 """From 2 to so many tokens weights are decoded in registers: the tensor cores' smallest tile has room for 16, and a
@@ -524,17 +507,18 @@ def _few(x: Tensor, p: Planes, bias: Tensor | None) -> Tensor:
 
 def shared(x: Tensor) -> Tensor | Vector:
     """`x [..., K]` for several calls of `linear`: what they all would make of it is made once."""
-    if x.numel() != x.shape[-1] or x.itemsize != 2:
+    flat = x.reshape(-1, x.shape[-1])
+    if not 0 < flat.shape[0] <= DOT_TOKENS or x.itemsize != 2:
         return x
-    return vector(x.reshape(1, -1).contiguous())
+    return vector(flat if flat.stride(1) == 1 else flat.contiguous())
 
 
 def linear(x: Tensor | Vector, weight: Planes | Tensor, bias: Tensor | None = None) -> Tensor:
     """`x [..., K]` times a weight `[N, K]` in planes, plus `bias [N]`: `[..., N]` in the type of x.
 
-    Sums are in float32, of one token of 16 bits in integers (`triton_dot`); from two tokens on the weights are rounded
-    to the type of x. A plain weight is torch's. `x`: also what `shared` made of it; the result is then `[1, N]`. Which
-    kernel runs depends on shapes alone. RuntimeError without a GPU, ValueError if the shapes do not fit.
+    Sums are in float32, of few tokens of 16 bits in integers (`triton_dot`); of more the weights are rounded
+    to the type of x. A plain weight is torch's. `x`: also what `shared` made of it; the result is then `[tokens, N]`.
+    Which kernel runs depends on shapes alone. RuntimeError without a GPU, ValueError if the shapes do not fit.
     """
     words = None
     if isinstance(x, Vector):
@@ -551,7 +535,7 @@ def linear(x: Tensor | Vector, weight: Planes | Tensor, bias: Tensor | None = No
         return x.new_empty(shape)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    if tokens == 1 and x.itemsize == 2 and not weight.format.float8:
+    if tokens <= DOT_TOKENS and x.itemsize == 2 and not weight.format.float8:
         count = processors_of(x.get_device()).count
         return dot(words or vector(flat), weight, bias, count=count).view(shape)
     if tokens == 1:
@@ -570,7 +554,7 @@ def gated(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
-    both = shared(x)
+    both = shared(x) if isinstance(gate, Planes) and isinstance(up, Planes) else x
     g, u = linear(both, gate).contiguous(), linear(both, up).contiguous()
     h = torch.empty_like(g)
     n = h.numel()

@@ -20,32 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ktcompile.backends.triton_language import constexpr, jit, tensor, tl, triton
 from ktcompile.ops.mla import MLAShape, unpacked
-
-# Triton has no type information, and may be missing: `Any` starts and ends here.
-try:
-    triton: Any = import_module("triton")
-    tl: Any = import_module("triton.language")
-except ImportError:
-    triton = tl = None
-
-# The compiler looks the annotations of a kernel up among the globals, and accepts only names of Triton's.
-if TYPE_CHECKING:
-    from typing import Any as constexpr
-    from typing import Any as tensor
-elif triton is not None:
-    constexpr, tensor = tl.constexpr, tl.tensor
-
-
-def _jit(kernel: Callable[..., Any]) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
 
 
 def interpreted() -> bool:
@@ -67,7 +49,7 @@ def unavailable() -> str | None:
 # patterns, silently wrong, so there every load becomes float32.
 
 
-@_jit
+@jit
 def _owner(query_start: tensor, requests: tensor, row: tensor, REQUESTS_PAD: constexpr) -> tensor:
     """The request that owns a row of this step; `requests` if none does."""
     i = tl.arange(0, REQUESTS_PAD)
@@ -75,7 +57,7 @@ def _owner(query_start: tensor, requests: tensor, row: tensor, REQUESTS_PAD: con
     return tl.sum(((i <= requests) & (start <= row)).to(tl.int32), 0) - 1
 
 
-@_jit
+@jit
 def _slot(
     page_table: tensor,
     table_stride: tensor,
@@ -91,7 +73,7 @@ def _slot(
     return page * PAGE + position % PAGE
 
 
-@_jit
+@jit
 def _nearest(x: tensor, DROPPED: constexpr) -> tensor:
     """float32 without the last bits of its mantissa, to nearest even: where casts of the interpreter cut them off."""
     bits = x.to(tl.int32, bitcast=True)
@@ -99,7 +81,7 @@ def _nearest(x: tensor, DROPPED: constexpr) -> tensor:
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
-@_jit
+@jit
 def _kept(x: tensor, pool: tensor, UPCAST: constexpr) -> tensor:
     """float32 as a pool keeps it; FP8 takes its largest value for all beyond, NaN stays."""
     if pool.dtype.element_ty == tl.float8e4nv:
@@ -111,7 +93,7 @@ def _kept(x: tensor, pool: tensor, UPCAST: constexpr) -> tensor:
     return x.to(pool.dtype.element_ty)
 
 
-@_jit
+@jit
 def _copy_rows(
     rows: tensor,  # [tokens, LORA + ROPE]
     row_stride: tensor,
@@ -146,7 +128,7 @@ def _copy_rows(
     tl.store(keys + slot * KEY_STRIDE + e, _kept(x, keys, UPCAST), mask=e < ROPE)
 
 
-@_jit
+@jit
 def _write_rows(
     kv: tensor,  # [tokens, LORA + ROPE], as projected
     kv_stride: tensor,
@@ -219,7 +201,7 @@ def _write_rows(
     tl.store(to + half, _kept(b * c + a * s, keys, UPCAST), mask=pair)
 
 
-@_jit
+@jit
 def _attend(
     q_latent: tensor,  # [tokens, HEADS, LORA]
     q_latent_token_stride: tensor,
@@ -340,7 +322,7 @@ def _attend(
         tl.store(partial + flat[:, None] * LORA + d[None, :], mixed, mask=(live & seen)[:, None] & d_ok)
 
 
-@_jit
+@jit
 def _merge(
     partial: tensor,
     lse: tensor,

@@ -6,37 +6,18 @@ waits for the device, so a step can be captured in a CUDA graph. Without Triton 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target
 from ktcompile.backends.reference import Reference
+from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
 from ktcompile.backends.triton_mla import interpreted, unavailable
 
-# Triton has no type information, and may be missing: `Any` starts and ends here.
-try:
-    triton: Any = import_module("triton")
-    tl: Any = import_module("triton.language")
-except ImportError:
-    triton = tl = None
 
-# The compiler looks the annotations of a kernel up among the globals, and accepts only names of Triton's.
-if TYPE_CHECKING:
-    from typing import Any as constexpr
-    from typing import Any as tensor
-elif triton is not None:
-    constexpr, tensor = tl.constexpr, tl.tensor
-
-
-def _jit(kernel: Callable[..., Any]) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
-
-@_jit
+@jit
 def _rms_norm(
     x: tensor,  # [rows, H]
     row_stride: tensor,

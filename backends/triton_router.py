@@ -11,9 +11,7 @@ Without Triton this module still imports.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,34 +19,16 @@ from torch.nn import functional
 
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
 from ktcompile.backends.reference import Reference
+from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
 from ktcompile.backends.triton_mla import interpreted, unavailable
 from ktcompile.ops.router import RouterShape, Rule, follows_rule
 from ktcompile.symbols import Sizes, nbytes
-
-# Triton has no type information, and may be missing: `Any` starts and ends here.
-try:
-    triton: Any = import_module("triton")
-    tl: Any = import_module("triton.language")
-except ImportError:
-    triton = tl = None
-
-# The compiler looks the annotations of a kernel up among the globals, and accepts only names of Triton's.
-if TYPE_CHECKING:
-    from typing import Any as constexpr
-    from typing import Any as tensor
-elif triton is not None:
-    constexpr, tensor = tl.constexpr, tl.tensor
-
-
-def _jit(kernel: Callable[..., Any]) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 # UPCAST: the interpreter computes bfloat16 on bit patterns, silently wrong; every load becomes float32 at once.
 
 
-@_jit
+@jit
 def _logits(
     x: tensor,  # [tokens, H]
     x_stride: tensor,
@@ -75,7 +55,7 @@ def _logits(
     tl.store(to, total, mask=(token < tokens)[:, None] & (expert < E)[None, :])
 
 
-@_jit
+@jit
 def _key(value: tensor, index: tensor) -> tensor:
     """An int64 that orders as (float32 value, falling index): one reduction finds the largest and where it is."""
     bits = value.to(tl.int32, bitcast=True)
@@ -83,20 +63,20 @@ def _key(value: tensor, index: tensor) -> tensor:
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
-@_jit
+@jit
 def _value(key: tensor) -> tensor:
     """The value of a key."""
     bits = (key >> 32).to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@_jit
+@jit
 def _index(key: tensor) -> tensor:
     """The index of a key."""
     return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
 
 
-@_jit
+@jit
 def _raw(
     logits: tensor,
     tokens: tensor,
@@ -118,7 +98,7 @@ def _raw(
     return total
 
 
-@_jit
+@jit
 def _select(
     logits: tensor,  # [SPLITS, tokens, E]
     bias: tensor,  # [E]; unused without BIAS

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,29 +28,11 @@ from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_o
 from ktcompile.backends import native
 from ktcompile.backends.cpu_moe import Avx2, matrices
 from ktcompile.backends.reference import plain_cost
+from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
 from ktcompile.backends.triton_mla import interpreted, unavailable
 from ktcompile.kernel import TOKENS
 from ktcompile.ops.moe import MoeShape
 from ktcompile.symbols import Sizes, concrete
-
-# Triton has no type information, and may be missing: `Any` starts and ends here.
-try:
-    triton: Any = import_module("triton")
-    tl: Any = import_module("triton.language")
-except ImportError:
-    triton = tl = None
-
-# The compiler looks the annotations of a kernel up among the globals, and accepts only names of Triton's.
-if TYPE_CHECKING:
-    from typing import Any as constexpr
-    from typing import Any as tensor
-elif triton is not None:
-    constexpr, tensor = tl.constexpr, tl.tensor
-
-
-def _jit(kernel: Callable[..., Any]) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
 
 TYPES = ("q4_k", "q6_k")
 """What can be streamed; 256 columns share a unit of scales."""
@@ -63,7 +44,7 @@ CHUNK_BYTES = 256 << 20
 # ---------------------------------------------------------------------------------------------------------- kernels
 
 
-@_jit
+@jit
 def _weights(
     packed: tensor,  # bytes of a matrix
     row: tensor,  # [ROWS]
@@ -111,7 +92,7 @@ def _weights(
     return tl.reshape(value, (ROWS, WIDTH))
 
 
-@_jit
+@jit
 def _multiply(x: tensor, w: tensor, total: tensor, UPCAST: constexpr) -> tensor:
     """`total [TOKENS, ROWS]` plus x times the rows of w."""
     if UPCAST:
@@ -119,7 +100,7 @@ def _multiply(x: tensor, w: tensor, total: tensor, UPCAST: constexpr) -> tensor:
     return tl.dot(x, tl.trans(w.to(x.dtype)), acc=total)
 
 
-@_jit
+@jit
 def _up(
     x: tensor,  # [T, H]
     x_stride: tensor,
@@ -164,7 +145,7 @@ def _up(
         tl.store(to, value.to(h.dtype.element_ty), mask=(place < end)[:, None] & (row < I)[None, :])
 
 
-@_jit
+@jit
 def _down(
     h: tensor,  # [T * TOP_K, I]
     order: tensor,
@@ -202,7 +183,7 @@ def _down(
         tl.store(to, total.to(part.dtype.element_ty), mask=(place < end)[:, None] & (row < H)[None, :])
 
 
-@_jit
+@jit
 def _sum(
     part: tensor,
     ids: tensor,  # [T, TOP_K], contiguous

@@ -23,6 +23,7 @@ from torch import Tensor
 from ktcompile import Region, RulesError, Target, load, regions
 from ktcompile.backends import native
 from ktcompile.backends import triton_streamed as kernels
+from ktcompile.backends.triton_language import triton
 from ktcompile.backends.triton_streamed import Layer, streamed
 from ktcompile.checkpoint import open_checkpoint
 from ktcompile.model import explain, settings_for
@@ -222,7 +223,7 @@ def test_without_triton() -> None:
     assert run_here(code) == "triton is not installed\n"
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+@pytest.mark.skipif(triton is None, reason="triton is not installed")
 def test_compiles_for_hopper(tmp_path: Path) -> None:
     code = "import test_stream_experts as t; t.compile_for_hopper()"
     lines = run_here(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)).splitlines()

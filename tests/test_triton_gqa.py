@@ -35,6 +35,7 @@ from torch import Tensor
 import ktcompile
 from ktcompile.backends import triton_gqa as kernels
 from ktcompile.backends.triton_gqa import tiles_for
+from ktcompile.backends.triton_language import triton
 from ktcompile.backends.triton_mla import Processors, Tiles
 from ktcompile.ops.gqa import GQAShape, attend_reference, gqa_reference
 from ktcompile.ops.mla import append_reference
@@ -213,7 +214,7 @@ def test_refusals() -> None:
 # ------------------------------------------------------------------------------------------------ compiled
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+@pytest.mark.skipif(triton is None, reason="triton is not installed")
 def test_compiles_for_hopper(tmp_path: Path) -> None:
     """Every kernel, with the arguments a step of Qwen3, of GLM-4 and of gpt-oss launches it with; no GPU is needed."""
     code = "import test_triton_gqa as t; t.compile_for_hopper()"

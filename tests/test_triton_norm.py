@@ -22,6 +22,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 
 from ktcompile import Context, Kernel, Region, Target, regions
 from ktcompile.backends import triton_norm as kernels
+from ktcompile.backends.triton_language import triton
 from ktcompile.capture import annotate, annotate_weights
 from ktcompile.kernel import available, refusal
 from ktcompile.ops.plain import NormShape
@@ -215,7 +216,7 @@ def test_without_triton() -> None:
     assert run_here(code) == "triton is not installed False\n"
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+@pytest.mark.skipif(triton is None, reason="triton is not installed")
 def test_compiles_for_hopper(tmp_path: Path) -> None:
     code = "import test_triton_norm as t; t.compile_for_hopper()"
     lines = run_here(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)).splitlines()

@@ -33,6 +33,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from ktcompile import Device, Target, load, regions
 from ktcompile.backends import triton_norm
 from ktcompile.backends import triton_router as kernels
+from ktcompile.backends.triton_language import triton
 from ktcompile.capture import capture
 from ktcompile.kernel import available, refusal
 from ktcompile.ops import router as op
@@ -360,7 +361,7 @@ def test_without_triton() -> None:
     assert run_here(code) == "triton is not installed False\n"
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+@pytest.mark.skipif(triton is None, reason="triton is not installed")
 def test_compiles_for_hopper(tmp_path: Path) -> None:
     """Both kernels as DeepSeek-V3's and V2's router and Qwen3-MoE's launch them."""
     code = "import test_triton_router as t; t.compile_for_hopper()"

@@ -1,5 +1,6 @@
 """Weights in GGUF files, quantised by llama.cpp, under the names of the Hugging Face model."""
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -131,10 +132,10 @@ def shards(path: Path) -> list[Path]:
     if not match:
         return [path]
     stem, _, count = match.groups()
-    paths = [path.with_name(f"{stem}-{i:05d}-of-{count}.gguf") for i in range(1, int(count) + 1)]
-    if path not in paths:
+    names = [f"{stem}-{i:05d}-of-{count}.gguf" for i in range(1, int(count) + 1)]
+    if path.name not in names:
         raise ModelFileError(f"{path}: the name says file {int(match[2])} of {int(count)}")
-    absent = [p.name for p in paths if not p.is_file()]
+    absent = [name for name in names if not os.path.isfile(os.path.join(path.parent, name))]
     if absent:
-        raise ModelFileError(f"{path}: the model has {len(paths)} files; missing: {listed(absent)}")
-    return paths
+        raise ModelFileError(f"{path}: the model has {len(names)} files; missing: {listed(absent)}")
+    return [path.with_name(name) for name in names]

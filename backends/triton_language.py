@@ -1,0 +1,34 @@
+"""Triton, or what stands for it where it is not installed: what every file with Triton kernels begins with.
+
+The compiler looks a kernel's annotations up among the globals of its file and accepts only names of Triton's, so a file
+imports `constexpr` and `tensor` from here. Without Triton files still import; `unavailable()` of `triton_mla` says why
+nothing in them can run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Triton has no type information: `Any` starts and ends here.
+try:
+    triton: Any = import_module("triton")
+    tl: Any = import_module("triton.language")
+except ImportError:
+    triton = tl = None
+
+if TYPE_CHECKING:
+    from typing import Any as constexpr
+    from typing import Any as tensor
+else:
+    constexpr = getattr(tl, "constexpr", None)
+    tensor = getattr(tl, "tensor", None)
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the function as it is."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+__all__ = ["constexpr", "jit", "tensor", "tl", "triton"]

@@ -40,8 +40,8 @@ class Clamp:
     limit: float
 
 
-MIN_SHARED_TOKENS = 16
-"""Fewer tokens than this are not worth a second device: its share is not computed there, but with the others."""
+MIN_SHARED_TOKENS = 64
+"""Steps of fewer tokens stream nothing: they need few experts, and one that is a CUDA graph copies nothing so large."""
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,21 @@ from ktcompile.pipeline import near
 class ChooseKernels(Pass):
     """Each region gets the first kernel on its op's list that does not refuse it; the page says why others did.
 
-    `other` is the list of every op that has none of its own; `ops` holds lists for further ops by name.
+    `other` is the list of every op that has none of its own; `ops` holds lists for further ops by name; `streamed` is
+    that of regions whose weights stay on another device (stream-experts).
     """
 
     name = "choose-kernels"
     requires = ("local",)
     establishes = ("lowered",)
-    moe: tuple[str, ...] = (
-        "triton_streamed", "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar", "reference",
-    )  # fmt: skip
+    moe: tuple[str, ...] = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar", "reference")
     mla: tuple[str, ...] = ("triton_planes", "triton_encoded", "triton", "encoded", "reference")
     gqa: tuple[str, ...] = ("triton_gqa_planes", "triton_gqa", "encoded", "reference")
     linear: tuple[str, ...] = ("triton_linear", "encoded", "reference")
     mlp: tuple[str, ...] = ("triton_mlp", "encoded", "reference")
     norm: tuple[str, ...] = ("triton_norm", "reference")
     router: tuple[str, ...] = ("triton_router", "reference")
+    streamed: tuple[str, ...] = ("triton_streamed",)
     other: tuple[str, ...] = ("encoded", "reference")
     ops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -42,6 +42,7 @@ class ChooseKernels(Pass):
             "mlp": self.mlp,
             "norm": self.norm,
             "router": self.router,
+            "streamed": self.streamed,
             "other": self.other,
             **self.ops,
         }
@@ -50,7 +51,8 @@ class ChooseKernels(Pass):
             if unknown := [n for n in names if n not in kernels]:
                 raise OptionError(key, f"no kernel {unknown[0]!r}; {near(unknown[0], kernels)}")
         for region in list(regions(gm)):
-            kernel, refused = choose(region, lists.get(region.op, self.other), ctx.target, kernels)
+            key = region.op if region.home == region.device else "streamed"
+            kernel, refused = choose(region, lists.get(key, self.other), ctx.target, kernels)
             if kernel is None:
                 way_out = "End the list with `reference`"
                 if region.quantized:

@@ -178,6 +178,7 @@ pipeline:
 def rules(tmp_path: Path) -> Path:
     """Everything but the experts by torch: Triton's interpreter takes minutes for it."""
     lists = [f"{op}: [reference]" for op in ("mla", "linear", "mlp", "norm", "router", "other")]
+    lists.append("moe: [avx512_bf16, scalar, reference]")  # says nothing of what streams
     path = tmp_path / "rules.yaml"
     path.write_text(RULES.format(names="\n      ".join(lists)))
     return path

@@ -23,7 +23,7 @@ from ktcompile.backends.planes import FORMATS, UNIT, Planes, planes
 from ktcompile.backends.reference import plain_cost
 from ktcompile.backends.triton_dot import Vector, dot, vector
 from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
-from ktcompile.backends.triton_mla import interpreted, processors_of, unavailable
+from ktcompile.backends.triton_mla import _power_of_two, interpreted, processors_of, unavailable
 from ktcompile.symbols import Sizes, nbytes
 from ktcompile.weights import Part, WeightSource, values
 
@@ -419,10 +419,6 @@ def _tensors(p: Planes) -> tuple[Tensor, ...]:
     found = p.tensors
     low = found["low"]
     return tuple(found.get(name, low) for name in ("low", "high", "scale", "low_scale", "d", "dmin"))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _check(p: Planes, x: Tensor | None = None) -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
 from ktcompile.backends.reference import Reference
 from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
-from ktcompile.backends.triton_mla import interpreted, unavailable
+from ktcompile.backends.triton_mla import _power_of_two, interpreted, unavailable
 from ktcompile.ops.router import RouterShape, Rule, follows_rule
 from ktcompile.symbols import Sizes, nbytes
 
@@ -242,11 +242,6 @@ def _products(rows: Tensor, weight: Tensor, rule: Rule) -> Tensor:
         E=experts, H=width, ROWS=block, EXPERTS=each, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return partial
-
-
-def _power_of_two(n: int) -> int:
-    """The next power of two."""
-    return 1 << (n - 1).bit_length()
 
 
 class TritonRouter(Kernel):

@@ -18,6 +18,15 @@ try:
 except ImportError:
     triton = tl = None
 
+# Gluon, for what Triton's own language leaves to its compiler: layouts and asynchronous products. It is experimental.
+try:
+    gluon: Any = import_module("triton.experimental.gluon")
+    gl: Any = import_module("triton.experimental.gluon.language")
+    hopper: Any = import_module("triton.experimental.gluon.language.nvidia.hopper")
+    async_copy: Any = import_module("triton.experimental.gluon.language.nvidia.ampere.async_copy")
+except (ImportError, AttributeError):
+    gluon = gl = hopper = async_copy = None
+
 if TYPE_CHECKING:
     from typing import Any as constexpr
     from typing import Any as tensor
@@ -31,4 +40,9 @@ def jit(kernel: Callable[..., Any]) -> Any:
     return kernel if triton is None else triton.jit(kernel)
 
 
-__all__ = ["constexpr", "jit", "tensor", "tl", "triton"]
+def gluon_jit(kernel: Callable[..., Any]) -> Any:
+    """`gluon.jit`, or the function as it is."""
+    return kernel if gluon is None else gluon.jit(kernel)
+
+
+__all__ = ["async_copy", "constexpr", "gl", "gluon_jit", "hopper", "jit", "tensor", "tl", "triton"]

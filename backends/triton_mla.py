@@ -4,7 +4,8 @@ The op, its ragged rows and the cache are defined in `ktcompile/ops/mla.py`. Thr
 
     latent_append   one program a row: copy it to its slot
     latent_write    the same, fused with RMSNorm and the rotation of key and queries
-    mla_attend      one kernel for decode, prefill and any mix of both, and the merge of its splits
+    mla_attend      one kernel for decode, prefill and any mix of both, and the merge of its splits; on Hopper
+                    GPUs the kernel of `gluon_mla` does the same work faster
 
 In the absorbed form all heads of a query read the same cache row, so (query, head) pairs are simply the rows of one
 matrix: a program takes `Tiles.rows` consecutive rows of one request, whether these are heads of one query (decode) or
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ktcompile.backends import gluon_mla
 from ktcompile.backends.triton_language import constexpr, jit, tensor, tl, triton
 from ktcompile.ops.mla import MLAShape, unpacked
 
@@ -358,6 +360,7 @@ class Tiles:
     splits: int  # parts of the context; at least 1
     warps: int
     stages: int  # of the software pipeline over the cache: shared memory holds `stages` blocks of keys
+    gluon: bool = False  # the kernel of `gluon_mla`, which takes 64 rows, 64 keys and 8 warps
 
 
 @dataclass(frozen=True)
@@ -377,12 +380,15 @@ def choose_tiles(
     max_context: int,
     max_queries: int,
     processors: Processors,
+    gluon: bool = False,
 ) -> Tiles:
     """Tiles for a step, from what the host knows without waiting: shapes and bounds, never a length.
 
-    `width` is lora + rope, each rounded up to a power of two; `itemsize` the queries' bytes an element.
+    `width` is lora + rope, each rounded up to a power of two; `itemsize` the queries' bytes an element. `gluon`:
+    `gluon_mla` takes the step, if it has enough rows.
     """
     rows = min(64, max(16, _power_of_two(max_queries * heads)))
+    gluon = gluon and rows == gluon_mla.ROWS
     keys, stages = (64 if rows == 64 else 32), 2
     if itemsize > 2:  # float32 is for tests: no tensor core, twice the bytes
         rows, keys, stages = 16, 16, 1
@@ -393,7 +399,7 @@ def choose_tiles(
     blocks = max(1, min(tokens * heads // rows + requests, tokens * -(-heads // rows)))
     # One wave of programs, each with at least two steps; a power of two, so that few variants are compiled.
     splits = max(1, min(processors.count // blocks, max_context // (2 * keys), 128))
-    return Tiles(rows, keys, 1 << (splits.bit_length() - 1), 4 if rows == 16 else 8, stages)
+    return Tiles(rows, keys, 1 << (splits.bit_length() - 1), 4 if rows == 16 else 8, stages, gluon)
 
 
 def latent_append(pool: Tensor, page_table: Tensor, seq_len: Tensor, query_start: Tensor, rows: Tensor) -> None:
@@ -495,25 +501,34 @@ def mla_attend(
         context = page_table.shape[1] * pool.shape[1]
         most = tokens if max_queries is None else max_queries
         width = _power_of_two(lora) + _power_of_two(rope)
-        here = processors_of(pool.get_device())
-        tiles = choose_tiles(tokens, requests, heads, width, q_latent.itemsize, context, most, here)
+        device = pool.get_device()
+        gluon = gluon_mla.fits(q_latent, q_rope, pool) and gluon_mla.refuses(device) is None
+        here = processors_of(device)
+        tiles = choose_tiles(tokens, requests, heads, width, q_latent.itemsize, context, most, here, gluon)
 
     latents, keys = unpacked(pool, lora)
     blocks = tokens * heads // tiles.rows + (requests + 1 if heads % tiles.rows else 0)
     kept = (tiles.splits, tokens, heads) if tiles.splits > 1 else (0, 0, 0)
     partial = torch.empty(*kept, lora, dtype=torch.float32, device=pool.device)
     lse = torch.empty(kept, dtype=torch.float32, device=pool.device)
+    arguments = (
+        q_latent, q_latent.stride(0), q_latent.stride(1), q_rope, q_rope.stride(0), q_rope.stride(1),
+        latents, keys, page_table, page_table.stride(0), seq_len, query_start, out, partial, lse,
+        scale * 1.4426950408889634, tokens, requests,
+    )  # fmt: skip
+    constants: dict[str, Any] = dict(
+        HEADS=heads, LORA=lora, ROPE=rope, LATENT_STRIDE=latents.stride(1), KEY_STRIDE=keys.stride(1),
+        PAGE=pool.shape[1], REQUESTS_PAD=_power_of_two(requests + 1), ROWS=tiles.rows, KEYS=tiles.keys,
+        SPLITS=tiles.splits, num_warps=tiles.warps,
+    )  # fmt: skip
     with torch.cuda.device(pool.get_device()):
-        _attend[(blocks, tiles.splits)](
-            q_latent, q_latent.stride(0), q_latent.stride(1), q_rope, q_rope.stride(0), q_rope.stride(1),
-            latents, keys, page_table, page_table.stride(0), seq_len, query_start, out, partial, lse,
-            scale * 1.4426950408889634, tokens, requests,
-            HEADS=heads, LORA=lora, LORA_PAD=_power_of_two(lora), ROPE=rope, ROPE_PAD=_power_of_two(rope),
-            LATENT_STRIDE=latents.stride(1), KEY_STRIDE=keys.stride(1), PAGE=pool.shape[1],
-            REQUESTS_PAD=_power_of_two(requests + 1), ROWS=tiles.rows, KEYS=tiles.keys,
-            SPLITS=tiles.splits, STAGES=tiles.stages, UPCAST=interpreted(),
-            PRECISION="ieee", num_warps=tiles.warps,
-        )  # fmt: skip
+        if tiles.gluon:
+            gluon_mla.attend[(blocks, tiles.splits)](*arguments, **constants)
+        else:
+            _attend[(blocks, tiles.splits)](
+                *arguments, **constants, LORA_PAD=_power_of_two(lora), ROPE_PAD=_power_of_two(rope),
+                STAGES=tiles.stages, UPCAST=interpreted(), PRECISION="ieee",
+            )  # fmt: skip
         if tiles.splits == 1:
             return out
         padded = max(2, _power_of_two(tiles.splits))

@@ -79,7 +79,8 @@ def one(
     n = shape.layers
     start = time.perf_counter()
     context = context_for(tests, shape.context)
-    model: Any = ktcompile.load(path, target=target, experts=args.experts, context=context, chunk=args.chunk_size)
+    options = {"experts": args.experts, "context": context, "chunk": args.chunk_size, "rules": args.rules}
+    model: Any = ktcompile.load(path, target=target, **options)
     load_s = round(time.perf_counter() - start, 2)
     plan = model.plans["decode"]
     torch.set_num_threads(torch_threads(plan, target))
@@ -88,7 +89,8 @@ def one(
     rows = []
     for test in tests:
         rows.append(measure(test, model, args.runs, args.chunk_size))
-        say(step="measure", n=n, test=test.name, **told(rows[-1]), runs_s=list(rows[-1].seconds))
+        times = [round(1e3 * s, 3) for s in rows[-1].steps]
+        say(step="measure", n=n, test=test.name, **told(rows[-1]), runs_s=list(rows[-1].seconds), steps_ms=times)
     say(
         step="model",
         n=n,
@@ -271,6 +273,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk-size", type=int, default=2048, help="prompt tokens a step")
     parser.add_argument("--vram", help="most memory of each GPU, as 24G")
     parser.add_argument("--experts", type=int, help="keep this many of the router's experts a token; lossy")
+    parser.add_argument("--rules", type=Path, help="a rules file instead of the model's")
     parser.add_argument("--cpu-threads", "--threads", type=int, help="default: all cores, from 8 on all but one")
     parser.add_argument("--seconds", type=float, help="begin no N that would end later than this")
     args = parser.parse_args(given)

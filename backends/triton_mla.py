@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from ktcompile.backends import gluon_mla
 from ktcompile.backends.triton_language import constexpr, jit, tensor, tl, triton
-from ktcompile.ops.mla import MLAShape, unpacked
+from ktcompile.ops.mla import MLAShape, parts_of, unpacked
 
 
 def interpreted() -> bool:
@@ -139,10 +139,12 @@ def _write_rows(
     q_head_stride: tensor,
     q_rotated: tensor,  # [tokens, HEADS, ROPE], contiguous
     norm: tensor,  # [LORA]
-    cos: tensor,  # [tokens, ROPE]
+    cos: tensor,  # [tokens, ROPE] or [tokens, ROPE / 2]
     sin: tensor,
     cos_stride: tensor,
     sin_stride: tensor,
+    cos_step: tensor,  # from one to the next of a token: 2 where complex numbers hold them
+    sin_step: tensor,
     eps: tensor,
     latents: tensor,  # [pages, PAGE, LORA], rows apart by LATENT_STRIDE
     keys: tensor,  # [pages, PAGE, ROPE], by KEY_STRIDE
@@ -161,6 +163,7 @@ def _write_rows(
     PAGE: constexpr,
     REQUESTS_PAD: constexpr,
     INTERLEAVED: constexpr,
+    IN_PLACE: constexpr,
     HEAD_BLOCK: constexpr,
     UPCAST: constexpr,
 ) -> None:
@@ -171,9 +174,11 @@ def _write_rows(
     pair = i < half
     first = 2 * i if INTERLEAVED else i
     second = 2 * i + 1 if INTERLEAVED else i + half
-    # The second half of cos and sin repeats the first.
-    c = tl.load(cos + row.to(tl.int64) * cos_stride + i, mask=pair, other=0.0).to(tl.float32)
-    s = tl.load(sin + row.to(tl.int64) * sin_stride + i, mask=pair, other=0.0).to(tl.float32)
+    to_first = first if IN_PLACE else i
+    to_second = second if IN_PLACE else i + half
+    # The second half of cos and sin, if there is one, repeats the first.
+    c = tl.load(cos + row.to(tl.int64) * cos_stride + i * cos_step, mask=pair, other=0.0).to(tl.float32)
+    s = tl.load(sin + row.to(tl.int64) * sin_stride + i * sin_step, mask=pair, other=0.0).to(tl.float32)
 
     if tl.program_id(1) > 0:
         head = (tl.program_id(1) - 1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
@@ -181,9 +186,10 @@ def _write_rows(
         source = q_rope + row.to(tl.int64) * q_token_stride + head[:, None] * q_head_stride
         a = tl.load(source + first[None, :], mask=mask, other=0.0).to(tl.float32)
         b = tl.load(source + second[None, :], mask=mask, other=0.0).to(tl.float32)
-        to = q_rotated + (row.to(tl.int64) * HEADS + head)[:, None] * ROPE + i[None, :]
-        tl.store(to, (a * c[None, :] - b * s[None, :]).to(q_rotated.dtype.element_ty), mask=mask)
-        tl.store(to + half, (b * c[None, :] + a * s[None, :]).to(q_rotated.dtype.element_ty), mask=mask)
+        to = q_rotated + (row.to(tl.int64) * HEADS + head)[:, None] * ROPE
+        kept = q_rotated.dtype.element_ty
+        tl.store(to + to_first[None, :], (a * c[None, :] - b * s[None, :]).to(kept), mask=mask)
+        tl.store(to + to_second[None, :], (b * c[None, :] + a * s[None, :]).to(kept), mask=mask)
         return
 
     request = _owner(query_start, requests, row, REQUESTS_PAD)
@@ -198,9 +204,9 @@ def _write_rows(
     tl.store(latents + slot * LATENT_STRIDE + d, _kept(x, latents, UPCAST), mask=d < LORA)
     a = tl.load(source + LORA + first, mask=pair, other=0.0).to(tl.float32)
     b = tl.load(source + LORA + second, mask=pair, other=0.0).to(tl.float32)
-    to = keys + slot * KEY_STRIDE + i
-    tl.store(to, _kept(a * c - b * s, keys, UPCAST), mask=pair)
-    tl.store(to + half, _kept(b * c + a * s, keys, UPCAST), mask=pair)
+    to = keys + slot * KEY_STRIDE
+    tl.store(to + to_first, _kept(a * c - b * s, keys, UPCAST), mask=pair)
+    tl.store(to + to_second, _kept(b * c + a * s, keys, UPCAST), mask=pair)
 
 
 @jit
@@ -427,7 +433,7 @@ def latent_write(
     kv: Tensor,  # [tokens, lora + rope]: kv_a_proj_with_mqa of the hidden state
     q_rope: Tensor,  # [tokens, heads, rope]
     norm: Tensor,  # [lora]: kv_a_layernorm
-    cos: Tensor,  # [tokens, rope]: two equal halves
+    cos: Tensor,  # [tokens, rope]: two equal halves; or [tokens, rope / 2], any strides
     sin: Tensor,
     shape: MLAShape,
     pool: Tensor,
@@ -441,10 +447,12 @@ def latent_write(
     width = shape.lora + rope
     if pool.shape[2] != _width(pool, shape.lora, rope) or kv.shape != (tokens, width) or rope != shape.rope:
         raise ValueError(f"{shape} does not fit kv {_describe(kv)}, q_rope {_describe(q_rope)}, pool {_describe(pool)}")
-    if cos.shape != (tokens, rope) or sin.shape != cos.shape:
-        raise ValueError(f"cos and sin must be [{tokens}, {rope}], not {_describe(cos)} and {_describe(sin)}")
-    if kv.stride(1) != 1 or q_rope.stride(2) != 1 or cos.stride(1) != 1 or sin.stride(1) != 1:
-        raise ValueError("the last dimension of kv, q_rope, cos and sin must be contiguous")
+    if cos.shape not in ((tokens, rope), (tokens, rope // 2)) or sin.shape != cos.shape or cos.is_complex():
+        raise ValueError(
+            f"cos and sin must be real [{tokens}, {rope} or {rope // 2}], not {_describe(cos)} and {_describe(sin)}"
+        )
+    if kv.stride(1) != 1 or q_rope.stride(2) != 1:
+        raise ValueError("the last dimension of kv and q_rope must be contiguous")
     rotated = torch.empty_like(q_rope, memory_format=torch.contiguous_format)
     if tokens == 0 or seq_len.shape[0] == 0:
         return rotated.zero_()
@@ -453,12 +461,12 @@ def latent_write(
     with torch.cuda.device(pool.get_device()):
         _write_rows[(tokens, 1 + -(-heads // head_block))](
             kv, kv.stride(0), q_rope, q_rope.stride(0), q_rope.stride(1), rotated, norm, cos, sin,
-            cos.stride(0), sin.stride(0), shape.eps,
+            cos.stride(0), sin.stride(0), cos.stride(1), sin.stride(1), shape.eps,
             latents, keys, page_table, page_table.stride(0), seq_len, query_start, seq_len.shape[0],
             HEADS=heads, LORA=shape.lora, LORA_PAD=_power_of_two(shape.lora), ROPE=rope,
             LATENT_STRIDE=latents.stride(1), KEY_STRIDE=keys.stride(1),
             HALF_PAD=_power_of_two(rope // 2), PAGE=pool.shape[1], REQUESTS_PAD=_power_of_two(seq_len.shape[0] + 1),
-            INTERLEAVED=shape.interleaved, HEAD_BLOCK=head_block, UPCAST=interpreted(),
+            INTERLEAVED=shape.interleaved, IN_PLACE=shape.in_place, HEAD_BLOCK=head_block, UPCAST=interpreted(),
         )  # fmt: skip
     return rotated
 
@@ -571,7 +579,7 @@ def mla(
     `kv_b_proj`, `weights` may hold its two parts as `w_uk` and `w_uv`. `attend` takes the arguments of `mla_attend`.
     """
     x = hidden.reshape(-1, hidden.shape[-1])
-    cos, sin = cos.reshape(-1, shape.rope), sin.reshape(-1, shape.rope)
+    cos, sin = parts_of(cos, sin)
 
     def linear(x: Any, role: str) -> Tensor:
         return project(x, weights[role], weights.get(f"{role}.bias"))

@@ -234,9 +234,7 @@ def _inputs(region: Region, known: dict[str, int], seed: int = 0) -> list[Any]:
             tables[role] = torch.tensor([0, tokens])
             out.append(tables[role])
         elif role in ("cos", "sin"):
-            angle = torch.rand(*shape[:-1], shape[-1] // 2, generator=torch.Generator().manual_seed(1)) * 6
-            angle = torch.cat([angle, angle], -1)
-            out.append((angle.cos() if role == "cos" else angle.sin()).to(value.dtype))
+            out.append(_rotation(role, shape, value.dtype))
         elif value.dtype == torch.bool or role == "mask":
             out.append(None)  # the mask needs the tables
         else:
@@ -250,6 +248,16 @@ def _inputs(region: Region, known: dict[str, int], seed: int = 0) -> list[Any]:
         mask = op.ragged_mask(*given) if window is None else op.ragged_window_mask(*given, window)
         out = [_as_given(mask, n) if o is None else o for o, n in zip(out, region.inputs, strict=True)]
     return out
+
+
+def _rotation(role: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Cosines or sines of the same random angles, two equal halves of them; where complex numbers are both, those."""
+    pairs = shape[-1] if dtype.is_complex else shape[-1] // 2
+    angle = torch.rand(*shape[:-1], pairs, generator=torch.Generator().manual_seed(1)) * 6
+    if dtype.is_complex:
+        return torch.polar(torch.ones_like(angle), angle).to(dtype)
+    half = angle.cos() if role == "cos" else angle.sin()
+    return torch.cat([half, half], -1).to(dtype)
 
 
 def _as_given(mask: Tensor, node: fx.Node) -> Tensor:

@@ -67,8 +67,9 @@ def _deepseek_v3(**changes: Any) -> PretrainedConfig:
     return DeepseekV3Config(**_SIZES | _MLA | _SHARED | {"n_group": 4, "topk_group": 2, "q_lora_rank": 24} | changes)
 
 
-def _deepseek_v2() -> PretrainedConfig:
-    return DeepseekV2Config(**_SIZES | _MLA | _SHARED, n_group=1, topk_group=1, topk_method="greedy", q_lora_rank=None)
+def _deepseek_v2(**changes: Any) -> PretrainedConfig:
+    lite = {"n_group": 1, "topk_group": 1, "topk_method": "greedy", "q_lora_rank": None}
+    return DeepseekV2Config(**_SIZES | _MLA | _SHARED | lite | changes)
 
 
 def _qwen3_moe() -> PretrainedConfig:
@@ -105,6 +106,7 @@ CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
     "deepseek_v3_yarn": lambda: _deepseek_v3(rope_parameters=_YARN),
     "deepseek_v3_tied": lambda: _deepseek_v3(num_hidden_layers=2, tie_word_embeddings=True),
     "deepseek_v2": _deepseek_v2,
+    "deepseek_v2_yarn": lambda: _deepseek_v2(q_lora_rank=24, rope_parameters=_YARN | {"mscale": 0.7}),
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
     "glm4_moe": _glm4_moe,

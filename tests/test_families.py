@@ -11,6 +11,8 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_simulated_gpu import gpu
+from test_triton_mla import SIMULATED
 from tolerances import CHAIN
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -53,6 +55,8 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {}),
 }
 """Name -> (architecture, what differs from its tiny configuration)."""
+
+LATENT = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3")
 
 
 @cache
@@ -99,23 +103,31 @@ def close(got: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits(name: str, loaded: Any) -> None:
     """A prefill of 19 tokens, which is longer than a window and a page, and 8 decode steps."""
+    check_one_prompt(name, loaded(name))
+
+
+def check_one_prompt(name: str, fast: PreTrainedModel) -> None:
     model, ids = eager(name), tiny.ids(1, 19)
     with torch.no_grad():
         want = model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True)
-    got = loaded(name)(ids, use_cache=True)
+    got = fast(ids, use_cache=True)
     close(got.logits, want.logits)
     for _ in range(8):
         ids = want.logits[:, -1:].argmax(-1)
         with torch.no_grad():
             want = model(ids, past_key_values=want.past_key_values, use_cache=True)
-        got = loaded(name)(ids, past_key_values=got.past_key_values, use_cache=True)
+        got = fast(ids, past_key_values=got.past_key_values, use_cache=True)
         close(got.logits, want.logits)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_prompts(name: str, loaded: Any) -> None:
     """A batch of prompts of 19 and 5 tokens, padded on the left, and 8 decode steps: each as if it were alone."""
-    model, fast = eager(name), loaded(name)
+    check_two_prompts(name, loaded(name))
+
+
+def check_two_prompts(name: str, fast: PreTrainedModel) -> None:
+    model = eager(name)
     whole = [tiny.ids(1, tokens + 8, seed)[0] for seed, tokens in ((1, 19), (2, 5))]
     with torch.no_grad():
         wanted = [model(ids[None]).logits[0] for ids in whole]
@@ -129,6 +141,18 @@ def test_two_prompts(name: str, loaded: Any) -> None:
         ids = torch.stack([prompt[step] for prompt in whole])[:, None]
         got = fast(ids, past_key_values=got.past_key_values, use_cache=True)
         close(got.logits[:, 0], torch.stack([want[step] for want in wanted]))
+
+
+@SIMULATED
+@pytest.mark.parametrize("name", LATENT)
+def test_latent_attention_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """All layers of both phases are taken by Triton's kernel, here in its interpreter, and none by captured code."""
+    fast = ktcompile.load(opened(name, tmp_path), target=gpu(1 << 30), dtype="fp32", context=64)
+    for phase in PHASES:
+        kernels = [row.kernel for row in fast.plans[phase].rows if row.op in ("mla", "attention")]
+        assert kernels == ["triton"] * eager(name).config.num_hidden_layers
+    check_one_prompt(name, fast)
+    check_two_prompts(name, fast)
 
 
 def test_gpt_oss_in_bf16(tmp_path: Path) -> None:

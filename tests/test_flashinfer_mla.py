@@ -121,16 +121,19 @@ def test_decode_of_many(core: str, count: int) -> None:
 
 
 @HERE
-def test_the_whole_block(core: str) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_whole_block(core: str, in_place: bool) -> None:
     """FlashInferMLA as a kernel, against the definition: the same result, the same rows in the pool."""
     torch.manual_seed(0)
-    shape = MLAShape(8, 16, ROPE, 24, LORA, 80**-0.5, True, 1e-6)
+    shape = MLAShape(8, 16, ROPE, 24, LORA, 80**-0.5, True, 1e-6, in_place)
     requests = [(17, 5), (0, 1), (5, 0), (64, 1)]
     step = make_step(requests, LORA + ROPE, PAGE, torch.bfloat16, torch.int64, padding=2)
     weights = make_weights(shape, 80, 40, torch.bfloat16)
     hidden = randn(1, step.tokens, 80, dtype=torch.bfloat16)
     angle = randn(1, step.tokens, ROPE // 2).repeat(1, 1, 2)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    if in_place:  # as DeepSeek-V2 has it
+        cos = sin = torch.polar(torch.ones_like(angle), angle)[..., : ROPE // 2]
     mine, theirs = step.pool.clone(), step.pool.clone()
     kernel, tables = FlashInferMLA(), step.cache[1:]
     call = Call("attn", "mla", shape, None, tuple(weights))

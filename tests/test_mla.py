@@ -4,17 +4,19 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import GPU, captured, captured_plain, rewritten
+from test_synthetic import synthetic, tiny
 from tolerances import CHAIN
 from torch import Tensor, fx
 
 from ktcompile import Call, Device, Kernel, Parts, Region, Target, regions, value_of
 from ktcompile.backends import triton_mla
-from ktcompile.backends.mla import TritonMLA, TritonMLAEncoded
+from ktcompile.backends.mla import TritonMLA, TritonMLAEncoded, TritonMLAPlanes
 from ktcompile.capture import empty_model
 from ktcompile.checkpoint import open_checkpoint
 from ktcompile.kernel import refusal
@@ -26,7 +28,7 @@ from ktcompile.target import detect
 from ktcompile.verify import _inputs, gib, wrong_binding
 from ktcompile.weights import ModuleSource, values
 
-FAMILIES = ("deepseek_v3_q", "deepseek_v3_yarn")
+FAMILIES = ("deepseek_v3_q", "deepseek_v3_yarn", "deepseek_v2", "deepseek_v2_yarn")
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 ROLES = ("hidden", "cos", "sin", "pool", "page_table", "seq_len", "query_start")
 
@@ -136,6 +138,25 @@ def test_weights_of_a_file(kernel: Kernel, target: Target, phase: Phase, dtype: 
         compare(kernel, region, open_checkpoint().source, _inputs(region, known), target, dtype.replace("fp32", "f32"))
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_v2_lite(phase: Phase, tmp_path: Path) -> None:
+    """A rotation by complex numbers, in every kernel: random weights in the encodings of a Q4_K_M file."""
+    checkpoint = open_checkpoint(synthetic.write(tiny("v2-lite"), tmp_path))
+    settings = settings_for(checkpoint, target=ROOMY, dtype="fp32", context=256)
+    captured = capture_phase(empty_model(checkpoint.config, settings.dtype), phase, settings, checkpoint)
+    gm, ctx = rewritten(captured, ROOMY, Fold())
+    assert not ctx.notes and len(attention(gm)) == 3
+    for region in regions(gm):
+        region.place("cpu:1")
+    region = attention(gm)[0]
+    cos, sin = (region.inputs[region.binding.roles[role]] for role in ("cos", "sin"))
+    assert cos is sin and value_of(cos).dtype == torch.complex64
+    inputs = _inputs(region, sizes(gm, 12, 5 + 12 + 2 * PAGE))
+    for kernel in (TritonMLA(), TritonMLAEncoded(), TritonMLAPlanes()):
+        assert refusal(kernel, region, TIGHT) is None
+        compare(kernel, region, checkpoint.source, inputs, TIGHT, "f32")
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -197,8 +218,8 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def folded(phase: Phase) -> fx.GraphModule:
-    return rewritten(captured("deepseek_v3_yarn", phase), GPU, Fold())[0]
+def folded(phase: Phase, name: str = "deepseek_v3_yarn") -> fx.GraphModule:
+    return rewritten(captured(name, phase), GPU, Fold())[0]
 
 
 def _reshaped(**changes: Any) -> Callable[[Binding], Binding]:
@@ -213,6 +234,7 @@ WRONG: Mapping[str, tuple[str, Callable[[Binding], Binding]]] = {
     "interleaved": ("mla", lambda b: replace(b, shape=replace(b.shape, interleaved=not b.shape.interleaved))),
     "scale": ("mla", lambda b: replace(b, shape=replace(b.shape, scale=b.shape.scale * 1.1))),
     "cos and sin": ("mla", _swapped("cos", "sin")),
+    "in_place": ("mla", _reshaped(in_place=True)),
     "eps": ("mla", _reshaped(eps=0.1)),
     "gelu": ("moe", _reshaped(activation="gelu")),
     "gelu_tanh": ("moe", _reshaped(activation="gelu_tanh")),
@@ -224,7 +246,18 @@ WRONG: Mapping[str, tuple[str, Callable[[Binding], Binding]]] = {
 def test_wrong_bindings_are_found(wrong: str, phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The right one is agreed with, the wrong one is not, and the reason says of which op."""
     op, change = WRONG[wrong]
-    region = next(regions(folded(phase), op=op))
+    check_wrong(next(regions(folded(phase), op=op)), change, monkeypatch)
+
+
+@pytest.mark.parametrize("wrong", ["interleaved", "in_place"])
+def test_wrong_rotations_of_v2_are_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pairs stay where they are, in the pool too."""
+    region = next(regions(folded("decode", "deepseek_v2"), op="mla"))
+    check_wrong(region, _reshaped(**{wrong: False}), monkeypatch)
+
+
+def check_wrong(region: Region, change: Callable[[Binding], Binding], monkeypatch: pytest.MonkeyPatch) -> None:
+    op = region.op
     assert wrong_binding(region) is None
     monkeypatch.setitem(region.node.meta, "binding", change(region.binding))
     why = wrong_binding(region)

@@ -20,12 +20,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DeepseekV3Config, DynamicCache
+from transformers import DeepseekV2Config, DeepseekV3Config, DynamicCache
+from transformers.models.deepseek_v2 import modeling_deepseek_v2 as hf_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as hf
 
 from ktcompile.backends import triton_mla as kernels
 from ktcompile.backends.triton_mla import Processors, Tiles
-from ktcompile.ops.mla import MLAShape, append_reference, attend_reference, mla_reference
+from ktcompile.ops.mla import MLAShape, append_reference, attend_reference, mla_reference, parts_of
 
 DEVICE = "cuda" if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available() else "cpu"
 HERE = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
@@ -207,15 +208,21 @@ def make_weights(shape: MLAShape, hidden: int, q_lora: int | None, dtype: torch.
 
 @HERE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("interleaved", "q_lora", "heads"), [(True, 40, 4), (False, None, 3)])
-def test_mla(dtype: torch.dtype, interleaved: bool, q_lora: int | None, heads: int) -> None:
+@pytest.mark.parametrize(
+    ("interleaved", "q_lora", "heads", "in_place"),
+    [(True, 40, 4, False), (False, None, 3, False), (True, None, 3, True), (False, None, 4, True)],
+)
+def test_mla(dtype: torch.dtype, interleaved: bool, q_lora: int | None, heads: int, in_place: bool) -> None:
+    """In place the rotation comes as complex numbers."""
     torch.manual_seed(0)
-    shape = replace(SHAPE, interleaved=interleaved, heads=heads)
+    shape = replace(SHAPE, interleaved=interleaved, heads=heads, in_place=in_place)
     step = make_step([(17, 5), (0, 1), (5, 0), (64, 1)], shape.lora + shape.rope, 16, dtype, padding=2)
     weights = make_weights(shape, 80, q_lora, dtype)
     hidden = randn(1, step.tokens, 80, dtype=dtype)
     angle = randn(1, step.tokens, shape.rope // 2).repeat(1, 1, 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    if in_place:
+        cos = sin = torch.polar(torch.full_like(angle, 1.2), angle)[..., : shape.rope // 2]
     mine, theirs = step.pool.clone(), step.pool.clone()
     tables = step.cache[1:]
     want = mla_reference(hidden, cos, sin, weights, shape, theirs, *tables)
@@ -275,6 +282,43 @@ def test_hugging_face(rope: dict[str, Any], q_lora: int | None, interleave: bool
         stored += tokens
 
 
+@pytest.mark.parametrize("q_lora", [24, None])
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, YARN | {"mscale": 0.7}], ids=["default", "yarn"])
+def test_hugging_face_v2(rope: dict[str, Any], q_lora: int | None) -> None:
+    """The same of DeepSeek-V2, which rotates by complex numbers; its keys lie in the pool as it stores them."""
+    torch.manual_seed(0)
+    config = DeepseekV2Config(
+        hidden_size=48, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=q_lora, kv_lora_rank=32,
+        qk_rope_head_dim=16, qk_nope_head_dim=24, v_head_dim=20, num_hidden_layers=1, attention_bias=True,
+        rope_parameters={"rope_theta": 10000.0, **rope}, max_position_embeddings=64,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    module = hf_v2.DeepseekV2Attention(config, 0).to(DEVICE).eval()
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    rotary = hf_v2.DeepseekV2RotaryEmbedding(config).to(DEVICE)
+    shape = MLAShape(4, 24, 16, 20, 32, module.scaling, True, module.kv_a_layernorm.variance_epsilon, True)
+    weights = {name.removesuffix(".weight"): p.detach() for name, p in module.named_parameters()}
+    step = make_step([(0, 10)], 48, 16)
+    pools = {mla_reference: step.pool.clone()}
+    if kernels.unavailable() is None:
+        pools[kernels.mla] = step.pool.clone()
+    theirs, stored = DynamicCache(config=config), 0
+    for tokens in (7, 1, 1, 1):
+        hidden = randn(1, tokens, 48)
+        freqs = rotary(hidden, torch.arange(stored, stored + tokens, device=DEVICE)[None])
+        with torch.no_grad():
+            want = module(hidden, None, theirs, freqs)[0]
+        for mla, pool in pools.items():
+            lengths = (torch.tensor([stored], device=DEVICE), torch.tensor([0, tokens], device=DEVICE))
+            close(mla(hidden, freqs, freqs, weights, shape, pool, step.page_table, *lengths), want, torch.float32)
+        stored += tokens
+    layer = theirs.layers[0]
+    kept = torch.cat([layer.keys, layer.values], -1)[0, 0]
+    for pool in pools.values():
+        close(pool[step.page_table[0]].flatten(0, 1)[:stored], kept, torch.float32)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     tokens=st.integers(1, 8192),
@@ -317,6 +361,9 @@ def test_refusals() -> None:
         kernels.mla_attend(q_latent[..., :32], q_rope, *step.cache, 1.0)
     with pytest.raises(ValueError, match=r"rows must be \[tokens, 96\]"):
         kernels.latent_append(*step.cache, q_rope[0])
+    rotation = torch.polar(randn(2, 16), randn(2, 16))
+    with pytest.raises(ValueError, match=r"cos and sin must be real \[2, 32 or 16\], not \[2, 16\] torch\.complex64"):
+        kernels.latent_write(randn(2, 96), randn(2, 4, 32), randn(64), rotation, rotation, SHAPE, *step.cache)
     with pytest.raises(ValueError, match="query_start must be"):
         kernels.latent_append(*step.cache[:3], step.query_start[:1], randn(1, 96))
 
@@ -344,6 +391,7 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
     lines = run_here(code, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)).splitlines()
     assert [line.split()[0] for line in lines] == [
         *["_copy_rows", "_write_rows", "_attend", "_merge"] * 3,
+        "_write_rows",
         "_attend",
     ], lines
     attends = [line.split() for line in lines if line.startswith("_attend")]
@@ -410,6 +458,12 @@ def compile_for_hopper() -> None:
         kernels.latent_write(kv, q_rope, norm, angle, angle, shape, *step.cache)
         q_latent = randn(n, shape.heads, shape.lora, dtype=dtype)
         kernels.mla_attend(q_latent, q_rope, *step.cache, shape.scale, max_queries=1)
+    lite = replace(deepseek, heads=16, in_place=True)
+    rotation = torch.view_as_complex(randn(3, lite.rope // 2, 2))
+    step = make_step([(20, 3)], 576, 64, torch.bfloat16)
+    kv, q_rope = randn(3, 576, dtype=torch.bfloat16), randn(3, 16, 64, dtype=torch.bfloat16)
+    norm = randn(512, dtype=torch.bfloat16)
+    kernels.latent_write(kv, q_rope, norm, *parts_of(rotation, rotation), lite, *step.cache)
     step = make_step([(0, 300)], 576, 64, torch.bfloat16, torch.int64)
     queries = randn(300, 20, 512, dtype=torch.bfloat16), randn(300, 20, 64, dtype=torch.bfloat16)
     kernels.mla_attend(*queries, *step.cache, 0.1)

@@ -39,6 +39,7 @@ class MLAShape:
     scale: float
     interleaved: bool  # rotary pairs are (0, 1), (2, 3) ... as DeepSeek stores them; else (0, rope / 2) ...
     eps: float  # of both RMSNorms
+    in_place: bool = False  # a rotated pair stays where it was, as in DeepSeek-V2; else all first elements come first
 
 
 E4M3_MAX = 448.0
@@ -124,22 +125,34 @@ def attend_reference(
     return torch.einsum("ths,tsl->thl", weights, cached[..., :lora]).to(q_latent.dtype)
 
 
-def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate `x [tokens, ..., rope]`; `cos` and `sin` are `[tokens, rope]`, two equal halves, as Hugging Face has them.
+def parts_of(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as `[tokens, rope]`, of two equal halves, or `[tokens, rope / 2]`, of one.
 
-    The result has all first elements of the pairs, then all second ones, also when the input is interleaved.
+    A complex `cos [..., rope / 2]` is the whole rotation, and `sin` the same tensor: the parts are views of it.
+    """
+    if cos.is_complex():
+        cos, sin = torch.view_as_real(cos).unbind(-1)
+    return cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
+
+
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, shape: MLAShape) -> Tensor:
+    """Rotate `x [tokens, ..., rope]`; `cos` and `sin` as `parts_of` returns them.
+
+    The result has all first elements of the pairs, then all second ones, unless interleaved ones stay in place.
     """
     half = x.shape[-1] // 2
     broadcast = (x.shape[0], *[1] * (x.dim() - 2), half)
     cos, sin = (t[..., :half].float().view(broadcast) for t in (cos, sin))
-    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    first, second = (x[..., 0::2], x[..., 1::2]) if shape.interleaved else (x[..., :half], x[..., half:])
     first, second = first.float(), second.float()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    pair = first * cos - second * sin, second * cos + first * sin
+    in_pairs = shape.interleaved and shape.in_place
+    return (torch.stack(pair, -1).flatten(-2) if in_pairs else torch.cat(pair, -1)).to(x.dtype)
 
 
 def mla_reference(
     hidden: Tensor,  # [..., H], flattened to [tokens, H]
-    cos: Tensor,  # [..., rope]
+    cos: Tensor,  # [..., rope], see `parts_of`
     sin: Tensor,
     weights: Mapping[str, Tensor],
     shape: MLAShape,
@@ -162,20 +175,20 @@ def mla_reference(
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + shape.eps) * weights[role].float()
 
     x = hidden.reshape(-1, hidden.shape[-1]).float()
-    cos, sin = cos.reshape(-1, shape.rope), sin.reshape(-1, shape.rope)
+    cos, sin = parts_of(cos, sin)
     tokens = x.shape[0]
 
     plain = "q_proj" in weights
     query = linear(x, "q_proj") if plain else linear(norm(linear(x, "q_a_proj"), "q_a_layernorm"), "q_b_proj")
     q_nope, q_rope = query.view(tokens, shape.heads, -1).split_with_sizes([shape.nope, shape.rope], -1)
     latent, k_rope = linear(x, "kv_a_proj_with_mqa").split_with_sizes([shape.lora, shape.rope], -1)
-    rows = torch.cat([norm(latent, "kv_a_layernorm"), rope_reference(k_rope, cos, sin, shape.interleaved)], -1)
+    rows = torch.cat([norm(latent, "kv_a_layernorm"), rope_reference(k_rope, cos, sin, shape)], -1)
     append_reference(pool, page_table, seq_len, query_start, rows)
 
     up = weights["kv_b_proj"].float().view(shape.heads, shape.nope + shape.v, shape.lora)
     w_uk, w_uv = up.split_with_sizes([shape.nope, shape.v], 1)
     q_latent = torch.einsum("thn,hnl->thl", q_nope, w_uk)
-    q_rope = rope_reference(q_rope, cos, sin, shape.interleaved)
+    q_rope = rope_reference(q_rope, cos, sin, shape)
     mixed = attend_reference(q_latent, q_rope, pool, page_table, seq_len, query_start, shape.scale)
     values = torch.einsum("thl,hvl->thv", mixed, w_uv)
     return linear(values.reshape(tokens, -1), "o_proj").view(hidden.shape).to(hidden.dtype)
@@ -195,9 +208,10 @@ def _mla(
     scale: float,
     interleaved: bool,
     eps: float,
+    in_place: bool,
 ) -> Tensor:
     heads, nope, rope, v, lora = sizes
-    shape = MLAShape(heads, nope, rope, v, lora, scale, interleaved, eps)
+    shape = MLAShape(heads, nope, rope, v, lora, scale, interleaved, eps, in_place)
     return mla_reference(
         hidden, cos, sin, dict(zip(names, weights, strict=True)), shape, pool, page_table, seq_len, query_start
     )
@@ -206,7 +220,7 @@ def _mla(
 register(
     "mla(Tensor hidden, Tensor cos, Tensor sin, Tensor(a!) pool, Tensor page_table, Tensor seq_len, "
     "Tensor query_start, Tensor[] weights, str[] names, int[] sizes, float scale, bool interleaved, "
-    "float eps) -> Tensor",
+    "float eps, bool in_place) -> Tensor",
     _mla,
     lambda hidden, *_: torch.empty_like(hidden),
 )
@@ -253,6 +267,8 @@ def _bind(site: Site) -> Bound | None:
     hidden = argument(projection, 0)
     rotary = [n for n in rest if any(cls.endswith("RotaryEmbedding") for _, cls in n.meta["stack"])]
     masks = [n for n in rest if n is not hidden and n not in rotary]
+    if len(rotary) == 1 and value_of(rotary[0]).is_complex():
+        rotary *= 2  # one tensor is both
     if hidden not in rest or len(rotary) != 2:
         return no("its hidden states, cosines and sines cannot be told apart")
     if any(not calls(m, "ragged_mask") or m.args[:3] != (page_table, seq_len, query_start) for m in masks):
@@ -260,8 +276,7 @@ def _bind(site: Site) -> Bound | None:
     attends = _named(site, "scaled_dot_product_attention")
     if len(attends) != 1:
         return no("it does not call scaled_dot_product_attention exactly once")
-    sin = next((n for n in rotary if "sin" in n.name), None)
-    cos = next((n for n in rotary if n is not sin), None)
+    cos, sin = _cos_and_sin(rotary)
     if sin is None or cos is None:
         return no("cosines and sines cannot be told apart")
     shape = _shape(site, attends[0])
@@ -280,6 +295,14 @@ def _bind(site: Site) -> Bound | None:
     return Bound("mla", Binding(roles, shape))
 
 
+def _cos_and_sin(rotary: list[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
+    """Which of two tensors has the cosines and which the sines."""
+    if rotary[0] is rotary[1]:
+        return rotary[0], rotary[1]
+    sin = next((n for n in rotary if "sin" in n.name), None)
+    return next((n for n in rotary if n is not sin), None), sin
+
+
 def _shape(site: Site, attend: fx.Node) -> MLAShape | None:
     rows = {leaf: value_of(w).shape for leaf, w in site.weights.items()}
     query = value_of(argument(attend, 0)).shape  # [B, heads, S, nope + rope]
@@ -291,7 +314,8 @@ def _shape(site: Site, attend: fx.Node) -> MLAShape | None:
     scale = attend.kwargs.get("scale")
     if not eps:
         return None
-    interleaved = any(_parts_pairs(n) for n in site.nodes)
+    as_complex = bool(_named(site, "view_as_complex"))  # takes pairs as they lie, and leaves them there
+    interleaved = as_complex or any(_parts_pairs(n) for n in site.nodes)
     return MLAShape(
         heads,
         nope,
@@ -301,6 +325,7 @@ def _shape(site: Site, attend: fx.Node) -> MLAShape | None:
         float(scale) if isinstance(scale, (int, float)) else float(query[3]) ** -0.5,
         interleaved,
         float(eps[0]),
+        as_complex,
     )
 
 
@@ -327,6 +352,7 @@ def _define(binding: Binding, leaves: tuple[str, ...]) -> fx.Graph:
                 s.scale,
                 s.interleaved,
                 s.eps,
+                s.in_place,
             ),
         )
     )

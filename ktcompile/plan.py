@@ -26,6 +26,7 @@ _DTYPES = {
     torch.float32: "f32",
     torch.bfloat16: "bf16",
     torch.float16: "f16",
+    torch.complex64: "c64",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.bool: "b8",

@@ -14,7 +14,12 @@ from transformers import PreTrainedModel
 
 from ktcompile.graph import is_scalar, value_of
 
-UNIFORM = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+UNIFORM = frozenset(
+    {
+        *("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "gpt_oss", "mixtral", "olmoe"),
+        *("qwen2_moe", "qwen3_moe"),
+    }
+)
 """Model types whose layers, where modules and attributes are equal, run equal code. Others are traced whole."""
 
 

@@ -49,6 +49,7 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_moe": ("qwen3_moe", {}),
     "glm4_moe": ("glm4_moe", {"n_group": 2, "topk_group": 1, "use_qk_norm": True}),
+    "glm4_moe_lite": ("glm4_moe_lite", {}),
     "mixtral": ("mixtral", {}),
     "mixtral_window": ("mixtral", {"sliding_window": WINDOW}),
     "olmoe": ("olmoe", {"clip_qkv": 1.0}),
@@ -56,7 +57,7 @@ VARIANTS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """Name -> (architecture, what differs from its tiny configuration)."""
 
-LATENT = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3")
+LATENT = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "glm4_moe_lite")
 
 
 @cache

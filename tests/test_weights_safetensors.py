@@ -22,6 +22,7 @@ ARCHITECTURES = (
     "deepseek_v2",
     "deepseek_v3",
     "glm4_moe",
+    "glm4_moe_lite",
     "gpt_oss",
     "mixtral",
     "olmoe",

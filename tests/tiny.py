@@ -118,6 +118,22 @@ _CONFIGS: dict[str, dict[str, object]] = {
         "first_k_dense_replace": 1,
         "norm_topk_prob": True,
     },
+    "glm4_moe_lite": {
+        "num_key_value_heads": 4,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 32,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 32,
+        "n_routed_experts": 16,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+    },
 }
 FAMILIES = ("deepseek_v3", "qwen3_moe", "mixtral", "glm4_moe")
 """Those that are compiled in every way; the others have the same operations, but gpt_oss."""

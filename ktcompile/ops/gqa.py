@@ -21,6 +21,7 @@ from ktcompile.folding import Site
 from ktcompile.graph import argument, value_of
 from ktcompile.ops.base import Binding, Bound, Op, calls, register, roles_of
 from ktcompile.ops.mla import append_reference, owner_reference, role
+from ktcompile.ops.paged import NO_PAGES, cache_of, cos_and_sin, name_of, named, rotary_of
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,6 @@ _OPERATIONS = {
 """What the code may call. A clamp or a soft cap may change nothing on made-up inputs: no proof would find it."""
 
 
-def _name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).split(".")[0]
-
-
-def _named(site: Site, *names: str) -> list[fx.Node]:
-    return [n for n in site.nodes if _name(n) in names]
-
-
 def _bind(site: Site) -> Bound | None:
     have = set(site.weights)
     if not (site.cls.endswith("Attention") and have >= _PROJECTIONS):
@@ -191,50 +184,40 @@ def _bind(site: Site) -> Bound | None:
 
     if have - _PROJECTIONS - _BIASES - {"sinks"} not in (set(), _NORMS):
         return no(f"its weights are {', '.join(sorted(have))}")
-    appends, gathers = _named(site, "cache_append"), _named(site, "cache_gather")
-    if len(appends) != 1 or len(gathers) != 1:
-        return no(
-            "it does not write a PagedCache (kernels need its pages; DynamicCache and StaticCache hand keys "
-            "and values out)"
-        )
-    if len(site.outputs) != 1:
-        return no(f"{len(site.outputs)} of its values are read outside, wanted 1")
-    pool, *tables = (argument(appends[0], i) for i in range(4))
-    if not all(n in site.inputs for n in (pool, *tables)):
-        return no("the cache is not ragged (rectangular batches run the captured code)")
-    if set(site.written) != {pool}:
-        return no("it writes more than its page pool")
-    if unknown := next((_name(n) for n in site.nodes if _name(n) not in _OPERATIONS), None):
+    gathers = named(site, "cache_gather")
+    cache = cache_of(site) if len(gathers) == 1 else NO_PAGES
+    if isinstance(cache, str):
+        return no(cache)
+    if unknown := next((name_of(n) for n in site.nodes if name_of(n) not in _OPERATIONS), None):
         return no(f"it calls {unknown}, which is no part of gqa")
     projections = [n for r in "qkv" for n in site.weights[f"{r}_proj.weight"].users if n in site.nodes]
     read = {argument(n, 0) for n in projections}
     hidden = next(iter(read))
-    rotary = [n for n in site.tensors if any(cls.endswith("RotaryEmbedding") for _, cls in n.meta["stack"])]
-    sin = next((n for n in rotary if "sin" in n.name), None)
-    cos = next((n for n in rotary if n is not sin), None)
+    rotary = rotary_of(site)
     if len(projections) != 3 or len(read) != 1 or hidden not in site.tensors or len(rotary) != 2:
         return no("its hidden states, cosines and sines cannot be told apart")
-    masks = [n for n in site.tensors if n not in (hidden, *rotary, pool, *tables)]
-    seen = _seen(masks[0], tables) if len(masks) == 1 else None
+    masks = [n for n in site.tensors if n not in (hidden, *rotary, *cache)]
+    seen = _seen(masks[0], cache[1:]) if len(masks) == 1 else None
     if seen is None:
         return no("its mask is not proven causal")
-    if sin is None or cos is None:
+    both = cos_and_sin(rotary)
+    if both is None:
         return no("cosines and sines cannot be told apart")
-    shape = _shape(site, cos, gathers[0], seen is masks[0], _window(seen))
+    shape = _shape(site, both[0], gathers[0], seen is masks[0], _window(seen))
     if isinstance(shape, str):
         return no(shape)
-    nodes = dict(zip(OP.roles, (hidden, cos, sin, pool, *tables), strict=True))
+    nodes = dict(zip(OP.roles, (hidden, *both, *cache), strict=True))
     return Bound("gqa", Binding(roles_of(site, **nodes, mask=masks[0]), shape))
 
 
 def _seen(mask: fx.Node, tables: list[fx.Node]) -> fx.Node | None:
     """The boolean mask of these tables that a mask is, or that it was made of to be added to scores."""
     node = mask
-    if _name(mask) == "masked_fill":
+    if name_of(mask) == "masked_fill":
         zeros, hidden, value = mask.args
         if not isinstance(zeros, fx.Node) or not isinstance(hidden, fx.Node) or not isinstance(value, float):
             return None
-        if _name(zeros) != "zeros_like" or hidden.target is not operator.invert or value > -1e4:
+        if name_of(zeros) != "zeros_like" or hidden.target is not operator.invert or value > -1e4:
             return None
         node = argument(hidden, 0)
     known = calls(node, "ragged_mask") or calls(node, "ragged_window_mask")
@@ -268,7 +251,7 @@ def _shape(site: Site, cos: fx.Node, gather: fx.Node, is_boolean: bool, window: 
     if len(found) != ("q_norm.weight" in rows):
         return f"its norms have {len(found)} epsilons, wanted 1"
     width = int(value_of(cos).shape[-1])
-    rope = width if _named(site, "neg") else 2 * width  # as rotate_half does it; else by halves, with half the cosines
+    rope = width if named(site, "neg") else 2 * width  # as rotate_half does it; else by halves, with half the cosines
     if rope > dim:
         return f"{rope} elements of a head of {dim} are rotated"
     return GQAShape(heads, kv_heads, dim, rope, scale, _has_pairs(site), next(iter(found), 0.0), window)
@@ -276,7 +259,7 @@ def _shape(site: Site, cos: fx.Node, gather: fx.Node, is_boolean: bool, window: 
 
 def _scale(site: Site, dim: int, is_boolean: bool) -> float | None:
     """What scores are multiplied with, for torch's attention with a boolean mask and eager code with one to add."""
-    attends, softmaxes = _named(site, "scaled_dot_product_attention"), _named(site, "softmax")
+    attends, softmaxes = named(site, "scaled_dot_product_attention"), named(site, "softmax")
     if is_boolean and len(attends) == 1 and not softmaxes:
         if attends[0].kwargs.get("dropout_p") or attends[0].kwargs.get("is_causal"):
             return None
@@ -284,14 +267,14 @@ def _scale(site: Site, dim: int, is_boolean: bool) -> float | None:
         return float(scale) if isinstance(scale, int | float) else dim**-0.5
     if is_boolean or attends or len(softmaxes) != 1:
         return None
-    scaled = [n for m in _named(site, "matmul") for n in m.users if n.target is operator.mul]
+    scaled = [n for m in named(site, "matmul") for n in m.users if n.target is operator.mul]
     scale = scaled[0].args[1] if len(scaled) == 1 else None
     return float(scale) if isinstance(scale, int | float) else None
 
 
 def _has_pairs(site: Site) -> bool:
     """Whether the code takes interleaved pairs apart: `x[..., 0::2]`."""
-    indices = (n.args[1] for n in _named(site, "getitem") if len(n.args) > 1)
+    indices = (n.args[1] for n in named(site, "getitem") if len(n.args) > 1)
     return any(isinstance(i, slice) and i.step == 2 for index in indices if isinstance(index, tuple) for i in index)
 
 

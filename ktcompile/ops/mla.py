@@ -25,6 +25,7 @@ from torch.nn import functional
 from ktcompile.folding import Site
 from ktcompile.graph import argument, value_of
 from ktcompile.ops.base import Binding, Bound, Op, calls, register, roles_of
+from ktcompile.ops.paged import cache_of, cos_and_sin, named, rotary_of
 
 
 @dataclass(frozen=True)
@@ -235,10 +236,6 @@ def role(leaf: str) -> str:
     return leaf.removesuffix(".weight")
 
 
-def _named(site: Site, name: str) -> list[fx.Node]:
-    return [n for n in site.nodes if str(getattr(n.target, "__name__", n.target)).split(".")[0] == name]
-
-
 def _bind(site: Site) -> Bound | None:
     have = set(site.weights)
     if not {"kv_a_proj_with_mqa.weight", "kv_b_proj.weight"} <= have:
@@ -249,58 +246,30 @@ def _bind(site: Site) -> Bound | None:
 
     if not have >= _ALWAYS or have - _ALWAYS - _BIASES not in ({"q_proj.weight"}, _LORA_Q):
         return no(f"its weights are {', '.join(sorted(have))}")
-    appends = [n for n in site.nodes if calls(n, "cache_append")]
-    if len(appends) != 1:
-        return no(
-            "it does not write a PagedCache (kernels need its pages; DynamicCache and StaticCache hand keys "
-            "and values out)"
-        )
-    if len(site.outputs) != 1:
-        return no(f"{len(site.outputs)} of its values are read outside, wanted 1")
-    pool, page_table, seq_len, query_start = (argument(appends[0], i) for i in range(4))
-    if not all(n in site.inputs for n in (pool, page_table, seq_len, query_start)):
-        return no("the cache is not ragged (rectangular batches run the captured code)")
-    if set(site.written) != {pool}:
-        return no("it writes more than its page pool")
-    rest = [n for n in site.tensors if n not in (pool, page_table, seq_len, query_start)]
+    cache = cache_of(site)
+    if isinstance(cache, str):
+        return no(cache)
+    rest = [n for n in site.tensors if n not in cache]
     projection = next(n for n in site.nodes if site.weights["kv_a_proj_with_mqa.weight"] in n.all_input_nodes)
     hidden = argument(projection, 0)
-    rotary = [n for n in rest if any(cls.endswith("RotaryEmbedding") for _, cls in n.meta["stack"])]
+    rotary = rotary_of(site)
     masks = [n for n in rest if n is not hidden and n not in rotary]
-    if len(rotary) == 1 and value_of(rotary[0]).is_complex():
-        rotary *= 2  # one tensor is both
-    if hidden not in rest or len(rotary) != 2:
+    as_complex = len(rotary) == 1 and value_of(rotary[0]).is_complex()
+    if hidden not in rest or not (as_complex or len(rotary) == 2):
         return no("its hidden states, cosines and sines cannot be told apart")
-    if any(not calls(m, "ragged_mask") or m.args[:3] != (page_table, seq_len, query_start) for m in masks):
+    if any(not calls(m, "ragged_mask") or list(m.args[:3]) != cache[1:] for m in masks):
         return no("its mask is not proven causal")
-    attends = _named(site, "scaled_dot_product_attention")
+    attends = named(site, "scaled_dot_product_attention")
     if len(attends) != 1:
         return no("it does not call scaled_dot_product_attention exactly once")
-    cos, sin = _cos_and_sin(rotary)
-    if sin is None or cos is None:
+    both = (rotary[0], rotary[0]) if as_complex else cos_and_sin(rotary)
+    if both is None:
         return no("cosines and sines cannot be told apart")
     shape = _shape(site, attends[0])
     if shape is None:
         return no("no epsilon of its norms was found")
-    roles = roles_of(
-        site,
-        hidden=hidden,
-        cos=cos,
-        sin=sin,
-        pool=pool,
-        page_table=page_table,
-        seq_len=seq_len,
-        query_start=query_start,
-    )
-    return Bound("mla", Binding(roles, shape))
-
-
-def _cos_and_sin(rotary: list[fx.Node]) -> tuple[fx.Node | None, fx.Node | None]:
-    """Which of two tensors has the cosines and which the sines."""
-    if rotary[0] is rotary[1]:
-        return rotary[0], rotary[1]
-    sin = next((n for n in rotary if "sin" in n.name), None)
-    return next((n for n in rotary if n is not sin), None), sin
+    nodes = dict(zip(OP.roles, (hidden, *both, *cache), strict=True))
+    return Bound("mla", Binding(roles_of(site, **nodes), shape))
 
 
 def _shape(site: Site, attend: fx.Node) -> MLAShape | None:
@@ -314,7 +283,7 @@ def _shape(site: Site, attend: fx.Node) -> MLAShape | None:
     scale = attend.kwargs.get("scale")
     if not eps:
         return None
-    as_complex = bool(_named(site, "view_as_complex"))  # takes pairs as they lie, and leaves them there
+    as_complex = bool(named(site, "view_as_complex"))  # takes pairs as they lie, and leaves them there
     interleaved = as_complex or any(_parts_pairs(n) for n in site.nodes)
     return MLAShape(
         heads,

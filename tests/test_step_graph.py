@@ -3,10 +3,12 @@
 Without a GPU the same graph runs eagerly: Triton's kernels interpreted, flags polled by this thread.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_families import opened
 from test_simulated_gpu import HOST, gpu, without_planes
 from torch import Tensor
 
@@ -61,6 +63,12 @@ def test_the_same_logits_as_region_by_region(model: Any, requests: int) -> None:
     for a, b in zip(one.pools, other.pools, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     graph.close()
+
+
+def test_a_rotation_by_complex_numbers(tmp_path: Path) -> None:
+    """DeepSeek-V2-Lite has a graph like others: what its kernel reads of complex numbers are views."""
+    lite = load(opened("deepseek_v2_lite", tmp_path), target=gpu(1 << 30), dtype="fp32", context=64)
+    test_the_same_logits_as_region_by_region(lite, 2)
 
 
 def test_every_region_on_the_cpu_is_two_points(model: Any) -> None:

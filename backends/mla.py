@@ -1,9 +1,15 @@
-"""mla on a GPU: the Triton kernels of `triton_mla`, with weights in planes, decoded once, or kept encoded."""
+"""mla on a GPU: the Triton kernels of `triton_mla`, with weights in planes, decoded once, or kept encoded.
 
+Prompts are computed in the expanded form (`triton_mla_expanded`) where that is less work, unless a rules file says
+`choose-kernels: {absorb: true}`. Every kernel of the op here has both forms and chooses between them at each step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
 from ktcompile.backends import native
@@ -21,8 +27,9 @@ from ktcompile.backends.triton_linear import (
     weight_of,
 )
 from ktcompile.backends.triton_mla import mla, mla_attend, unavailable
+from ktcompile.backends.triton_mla_expanded import attend_expanded, expanded_bytes, expands
 from ktcompile.kernel import CONTEXT, TOKENS
-from ktcompile.ops.mla import role
+from ktcompile.ops.mla import MLAShape, role
 from ktcompile.symbols import PAGE, Sizes, concrete, nbytes
 
 PARTIAL_ROWS = 256 * 64
@@ -30,15 +37,20 @@ PARTIAL_ROWS = 256 * 64
 
 
 def attention_bytes(region: Region, sizes: Sizes) -> int:
-    """Bytes of everything that `mla` makes in one call, its result included: some of it is let go earlier."""
+    """Bytes of everything that `mla` makes in one call, its result included: some of it is let go earlier.
+
+    Of the two forms the larger, as a step of so many tokens may be in either.
+    """
     shape, roles = region.binding.shape, region.binding.roles
     hidden, table = (value_of(region.inputs[roles[r]]) for r in ("hidden", "page_table"))
     heads, size, pages = int(shape.heads), int(hidden.element_size()), concrete(table.shape[1], sizes)
     tokens = nbytes(hidden, sizes) // (int(hidden.shape[-1]) * size)
     context = PAGE * (pages if isinstance(pages, int) else 1)
-    inside = heads * int(shape.rope + 2 * shape.lora + 2 * shape.v)
     partial = min(PARTIAL_ROWS, tokens * heads * max(1, context // 32))  # a part has two steps of 16 keys at least
-    return products_bytes(region, tokens, size) + tokens * inside * size + 4 * partial * int(shape.lora + 1)
+    form = tokens * heads * int(2 * shape.lora + 2 * shape.v) * size + 4 * partial * int(shape.lora + 1)
+    if tokens > 1 and not shape.absorb:
+        form = max(form, expanded_bytes(tokens, 1, context, shape, size))
+    return products_bytes(region, tokens, size) + tokens * heads * int(shape.rope) * size + form
 
 
 class TritonMLA(Kernel):
@@ -85,10 +97,35 @@ class TritonMLA(Kernel):
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         return Reference().pack(parts, region, target)
 
+    def run(
+        self,
+        weights: Mapping[str, Any],
+        shape: MLAShape,
+        inputs: Sequence[Tensor],
+        project: Callable[[Any, Any, Tensor | None], Tensor] = functional.linear,
+        share: Callable[[Tensor], Any] = torch.Tensor.detach,
+    ) -> Tensor:
+        """`mla` in the form that is less work, from `inputs` in the order of the op's roles."""
+        hidden, cos, sin, pool, page_table, seq_len, query_start = inputs
+        tokens, (requests, pages) = hidden.numel() // hidden.shape[-1], page_table.shape
+        return mla(
+            hidden,
+            cos,
+            sin,
+            weights,
+            shape,
+            pool,
+            page_table,
+            seq_len,
+            query_start,
+            project=project,
+            share=share,
+            attend=self.attend,
+            expanded=attend_expanded if expands(tokens, requests, pages * pool.shape[1], shape) else None,
+        )
+
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
-        weights = {role(leaf): packed.tensors[leaf] for leaf in region.leaves}
-        hidden, cos, sin, *cache = inputs
-        return mla(hidden, cos, sin, weights, region.shape, *cache, attend=self.attend)
+        return self.run({role(leaf): packed.tensors[leaf] for leaf in region.leaves}, region.shape, inputs)
 
 
 class TritonMLAEncoded(TritonMLA):
@@ -111,9 +148,7 @@ class TritonMLAEncoded(TritonMLA):
         return pack_encoded(parts, region, target)
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
-        weights = {role(leaf): decoded(packed, leaf) for leaf in region.leaves}
-        hidden, cos, sin, *cache = inputs
-        return mla(hidden, cos, sin, weights, region.shape, *cache, attend=self.attend)
+        return self.run({role(leaf): decoded(packed, leaf) for leaf in region.leaves}, region.shape, inputs)
 
 
 class TritonMLAPlanes(TritonMLA):
@@ -137,10 +172,8 @@ class TritonMLAPlanes(TritonMLA):
         return pack_planes(parts, region, target)
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
-        hidden, cos, sin, *cache = inputs
         weights = {role(leaf): weight_of(packed, leaf) for leaf in region.leaves}
         up = weights["kv_b_proj"]
         if isinstance(up, Planes):
-            weights["kv_b_proj"] = dequantize(up, hidden.dtype)
-        given = (hidden, cos, sin, weights, region.shape, *cache)
-        return mla(*given, project=linear, share=shared, attend=self.attend)
+            weights["kv_b_proj"] = dequantize(up, inputs[0].dtype)
+        return self.run(weights, region.shape, inputs, linear, shared)

@@ -571,12 +571,14 @@ def mla(
     project: Callable[[Any, Any, Tensor | None], Tensor] = functional.linear,
     share: Callable[[Tensor], Any] = torch.Tensor.detach,
     attend: Callable[..., Tensor] = mla_attend,
+    expanded: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """The whole attention block; arguments as of `mla_reference`, result shaped like `hidden`.
 
     `project(x, weight, bias)` computes the projections from weights of its own kind; those of norms, biases and
     `kv_b_proj` are tensors. `share(x)` is what `project` takes for an x that meets several weights. Instead of
     `kv_b_proj`, `weights` may hold its two parts as `w_uk` and `w_uv`. `attend` takes the arguments of `mla_attend`.
+    `expanded`, where it is given, takes those of `triton_mla_expanded.attend_expanded` instead.
     """
     x = hidden.reshape(-1, hidden.shape[-1])
     cos, sin = parts_of(cos, sin)
@@ -597,6 +599,9 @@ def mla(
 
     absorbed = "w_uk" in weights
     w_uk, w_uv = (weights["w_uk"], weights["w_uv"]) if absorbed else absorb(weights["kv_b_proj"], shape)
+    if expanded is not None:
+        values = expanded(q_nope, q_rope, w_uk, w_uv, *cache, shape.scale)
+        return linear(values.reshape(x.shape[0], -1), "o_proj").view(hidden.shape)
     q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # [tokens, heads, lora]
     mixed = attend(q_latent, q_rope, *cache, shape.scale, max_queries=max_queries)
     values = torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)  # [tokens, heads, v]

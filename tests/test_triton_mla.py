@@ -409,29 +409,34 @@ class Recorder:
         return self
 
     def __call__(self, *arguments: Any, num_warps: int = 4, **constants: Any) -> None:
-        compiler, targets = import_module("triton.compiler"), import_module("triton.backends.compiler")
-        dtypes = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
-        dtypes |= {"float8_e4m3fn": "*fp8e4nv"}
-        dtypes |= {"uint8": "*u8", "int8": "*i8"}
-        signature, attributes = {}, {}
-        for i, name in enumerate(self.kernel.arg_names):
-            if name in constants:
-                signature[name] = "constexpr"
-                continue
-            value = arguments[i]
-            if isinstance(value, int) and value == 1:  # the launcher makes a constant of it
-                signature[name], constants[name] = "constexpr", 1
-                continue
-            tensor = isinstance(value, Tensor)
-            scalar = "fp32" if isinstance(value, float) else "i32"
-            signature[name] = dtypes[str(value.dtype).removeprefix("torch.")] if tensor else scalar
-            if tensor or (isinstance(value, int) and value % 16 == 0):
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        source = compiler.ASTSource(self.kernel, signature, constants, attributes)
-        target = targets.GPUTarget("cuda", 90, 32)
-        built = kernels.triton.compile(source, target=target, options={"num_warps": num_warps})
+        built = built_for_hopper(self.kernel, arguments, constants, num_warps)
         mma = next((m for m in ("wgmma", "mma") if f"{m}." in built.asm["ptx"]), "-")
         print(self.kernel.__name__, built.metadata.shared, mma)
+
+
+def built_for_hopper(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], num_warps: int) -> Any:
+    """What the compiler makes of a launch, which its assembler takes."""
+    compiler, targets = import_module("triton.compiler"), import_module("triton.backends.compiler")
+    dtypes = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
+    dtypes |= {"float8_e4m3fn": "*fp8e4nv"}
+    dtypes |= {"uint8": "*u8", "int8": "*i8"}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value = arguments[i]
+        if isinstance(value, int) and value == 1:  # the launcher makes a constant of it
+            signature[name], constants[name] = "constexpr", 1
+            continue
+        tensor = isinstance(value, Tensor)
+        scalar = "fp32" if isinstance(value, float) else "i32"
+        signature[name] = dtypes[str(value.dtype).removeprefix("torch.")] if tensor else scalar
+        if tensor or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = compiler.ASTSource(kernel, signature, constants, attributes)
+    target = targets.GPUTarget("cuda", 90, 32)
+    return kernels.triton.compile(source, target=target, options={"num_warps": num_warps})
 
 
 def compile_for_hopper() -> None:

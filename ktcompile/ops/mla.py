@@ -41,6 +41,7 @@ class MLAShape:
     interleaved: bool  # rotary pairs are (0, 1), (2, 3) ... as DeepSeek stores them; else (0, rope / 2) ...
     eps: float  # of both RMSNorms
     in_place: bool = False  # a rotated pair stays where it was, as in DeepSeek-V2; else all first elements come first
+    absorb: bool = False  # prompts too in the absorbed form, where a kernel has another one
 
 
 E4M3_MAX = 448.0

@@ -1,7 +1,7 @@
 """choose-kernels: give every region the first kernel on its op's list that takes it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import GraphModule
 
@@ -15,7 +15,9 @@ class ChooseKernels(Pass):
     """Each region gets the first kernel on its op's list that does not refuse it; the page says why others did.
 
     `other` is the list of every op that has none of its own; `ops` holds lists for further ops by name; `streamed` is
-    that of regions whose weights stay on another device (stream-experts).
+    that of regions whose weights stay on another device (stream-experts). `absorb`: latent attention (mla) in the
+    absorbed form for prompts too, where kernels would take the expanded one: slower from some 200 tokens on, but
+    without the keys and values of each head that it makes.
     """
 
     name = "choose-kernels"
@@ -31,6 +33,7 @@ class ChooseKernels(Pass):
     streamed: tuple[str, ...] = ("triton_streamed",)
     other: tuple[str, ...] = ("encoded", "reference")
     ops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    absorb: bool = False
 
     def run(self, gm: GraphModule, ctx: Context) -> GraphModule:
         kernels = available()
@@ -51,6 +54,8 @@ class ChooseKernels(Pass):
             if unknown := [n for n in names if n not in kernels]:
                 raise OptionError(key, f"no kernel {unknown[0]!r}; {near(unknown[0], kernels)}")
         for region in list(regions(gm)):
+            if self.absorb and region.op == "mla" and region.binding is not None:
+                region.unbind(replace(region.binding, shape=replace(region.binding.shape, absorb=True)))
             key = region.op if region.home == region.device else "streamed"
             kernel, refused = choose(region, lists.get(key, self.other), ctx.target, kernels)
             if kernel is None:

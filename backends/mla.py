@@ -7,6 +7,7 @@ Prompts are computed in the expanded form (`triton_mla_expanded`) where that is 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -86,13 +87,14 @@ class TritonMLA(Kernel):
     def cost(self, region: Region, target: Target) -> Cost:
         shape, tokens = region.binding.shape, TOKENS
         weights = self.packed_bytes(region)
-        width = shape.lora + shape.rope
         elements = sum(int(value_of(w).numel()) for w in region.weights.values())
         pool = value_of(region.inputs[region.binding.roles["pool"]])
-        return Cost(
-            weights + CONTEXT * pool.shape[-1] * pool.element_size(),
-            2 * tokens * elements + 2 * tokens * (CONTEXT + tokens) * shape.heads * (width + shape.lora),
-        )
+        pairs = tokens * (CONTEXT + tokens) * shape.heads
+        attention = pairs * (2 * shape.lora + shape.rope)
+        if not shape.absorb:  # what is stored is expanded; the step's own rows count as products with kv_b
+            up = CONTEXT * shape.heads * shape.lora * (shape.nope + shape.v)
+            attention = sympy.Min(attention, pairs * (shape.nope + shape.rope + shape.v) + up)
+        return Cost(weights + CONTEXT * pool.shape[-1] * pool.element_size(), 2 * tokens * elements + 2 * attention)
 
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         return Reference().pack(parts, region, target)

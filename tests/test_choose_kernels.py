@@ -20,6 +20,7 @@ from ktcompile.passes.choose_kernels import ChooseKernels
 from ktcompile.passes.fold import Fold
 from ktcompile.passes.insert_copies import InsertCopies
 from ktcompile.passes.place import Place
+from ktcompile.symbols import sizes
 from ktcompile.target import cpu_features
 from ktcompile.weights import ModuleSource
 
@@ -99,6 +100,18 @@ def test_a_kernel_that_accepts_packs_and_runs(data: st.DataObject, name: str, ph
     wanted = values["out"]
     assert isinstance(wanted, Tensor) and made.shape == wanted.shape and made.dtype == wanted.dtype
     assert (made - wanted).norm() <= TOLERANCE[FAMILY.get(kernel.name, "f32")] * wanted.norm()
+
+
+def test_absorb() -> None:
+    """The shape says so to the kernel, and a prompt's step needs no keys and values of each head."""
+    needs = {}
+    for absorb in (False, True):
+        choice = ChooseKernels(mla=("triton", "reference"), absorb=absorb)
+        gm, _ = rewritten(captured("deepseek_v3", "prefill"), GPU, *BEFORE, choice)
+        found = [r for r in regions(gm) if r.op == "mla"]
+        assert found and all(r.kernel == "triton" and r.binding.shape.absorb == absorb for r in found)
+        needs[absorb] = available()["triton"].workspace_bytes(found[0], sizes(gm, 32, 4096))
+    assert needs[True] < needs[False]
 
 
 def refused(target: Target, choice: ChooseKernels) -> str:

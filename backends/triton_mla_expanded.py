@@ -206,9 +206,9 @@ def _flash(
     scale_log2: tensor,  # scale * log2(e), above 0
     tokens: tensor,
     requests: tensor,
-    heads: tensor,
     first: tensor,  # position of the piece
     piece: tensor,
+    HEADS: constexpr,
     NOPE: constexpr,
     NOPE_PAD: constexpr,
     ROPE: constexpr,
@@ -241,12 +241,14 @@ def _flash(
     i = tl.arange(0, ROWS)
     row = lead + i
     live = row < end - start
-    token = (start + lead).to(tl.int64)  # 64 bits for the block, 32 within it: registers are what the loop lacks
+    token = (start + lead).to(
+        tl.int64
+    )  # 64 bits for the block, 32 within it, and HEADS known: the loop lacks registers
     e = tl.arange(0, V_PAD)
-    out += (token * heads + head) * V
-    partial += (token * heads + head) * V
-    lse += token * heads + head
-    at = i[:, None] * heads * V + e[None, :]
+    out += (token * HEADS + head) * V
+    partial += (token * HEADS + head) * V
+    lse += token * HEADS + head
+    at = i[:, None] * (HEADS * V) + e[None, :]
     at_ok = live[:, None] & (e < V)[None, :]
     if not owned:
         if first == 0:
@@ -275,7 +277,7 @@ def _flash(
         qr = qr.to(tl.float32)
 
     goes_on = live & (tl.zeros([ROWS], tl.int32) + first > 0)  # the interpreter takes no scalar for a part of a mask
-    top = tl.load(lse + i * heads, mask=goes_on, other=float("-inf"))
+    top = tl.load(lse + i * HEADS, mask=goes_on, other=float("-inf"))
     total = tl.where(goes_on, 1.0, 0.0)
     mixed = tl.load(partial + at, mask=at_ok & goes_on[:, None], other=0.0)
 
@@ -297,7 +299,7 @@ def _flash(
         tl.store(out + at, mixed.to(out.dtype.element_ty), mask=at_ok)
     else:
         tl.store(partial + at, mixed, mask=at_ok)
-        tl.store(lse + i * heads, top + tl.log2(total), mask=live)
+        tl.store(lse + i * HEADS, top + tl.log2(total), mask=live)
 
 
 # --------------------------------------------------------------------------------------------------------- launches
@@ -390,7 +392,7 @@ def attend_expanded(
             _flash[(tokens // blocks.rows + requests + 1, heads)](
                 q_nope, q_nope.stride(0), q_nope.stride(1), q_rope, q_rope.stride(0), q_rope.stride(1),
                 k_nope, own_keys, values, seq_len, query_start, out, partial, lse, scale * 1.4426950408889634,
-                tokens, requests, heads, first, piece,
+                tokens, requests, first, piece, HEADS=heads,
                 NOPE=nope, NOPE_PAD=nope_pad, ROPE=rope, ROPE_PAD=rope_pad, V=v, V_PAD=v_pad,
                 REQUESTS_PAD=_power_of_two(requests + 1), ROWS=blocks.rows, KEYS=blocks.keys, STAGES=blocks.stages,
                 UPCAST=interpreted(), PRECISION="ieee", num_warps=blocks.warps,

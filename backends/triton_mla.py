@@ -524,11 +524,11 @@ def mla_attend(
         latents, keys, page_table, page_table.stride(0), seq_len, query_start, out, partial, lse,
         scale * 1.4426950408889634, tokens, requests,
     )  # fmt: skip
-    constants: dict[str, Any] = dict(
-        HEADS=heads, LORA=lora, ROPE=rope, LATENT_STRIDE=latents.stride(1), KEY_STRIDE=keys.stride(1),
-        PAGE=pool.shape[1], REQUESTS_PAD=_power_of_two(requests + 1), ROWS=tiles.rows, KEYS=tiles.keys,
-        SPLITS=tiles.splits, num_warps=tiles.warps,
-    )  # fmt: skip
+    constants: dict[str, Any] = {
+        "HEADS": heads, "LORA": lora, "ROPE": rope, "LATENT_STRIDE": latents.stride(1), "KEY_STRIDE": keys.stride(1),
+        "PAGE": pool.shape[1], "REQUESTS_PAD": _power_of_two(requests + 1), "ROWS": tiles.rows, "KEYS": tiles.keys,
+        "SPLITS": tiles.splits, "num_warps": tiles.warps,
+    }  # fmt: skip
     with torch.cuda.device(pool.get_device()):
         if tiles.gluon:
             gluon_mla.attend[(blocks, tiles.splits)](*arguments, **constants)

@@ -1,6 +1,6 @@
 """The embedded model on this machine's GPU against the CPU in fp32: one JSON object. Run by `make gpu-test`.
 
-    python benchmarks/gpu_check.py [--rules FILE]    rules for the GPU's model, say for other kernels
+python benchmarks/gpu_check.py [--rules FILE]    rules for the GPU's model, say for other kernels
 """
 
 import argparse

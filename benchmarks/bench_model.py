@@ -7,6 +7,9 @@ the end a line a + b N is fitted to the median seconds of a step of each test, a
 that the model has. Its `dense_layers` without experts are in a: one, where DeepSeek-V3 really has three. About half
 of the layers have finer matrices (llama.cpp's Q4_K_M). `gb_a_layer` says how far the mean layer is from the whole
 model's: a single layer is a finer one, even N are close.
+
+`read_gb_s` is what all threads together read from memory, before and after the tests of each N. The fit's `of_read`
+is the share of a step of one token in which the experts that it reads could have been read at that rate.
 """
 
 import argparse
@@ -29,6 +32,7 @@ import synthetic
 import torch
 
 import ktcompile
+from ktcompile.backends import native
 from ktcompile.bench import Row, Test, context_for, measure, numbers, tests_for
 from ktcompile.errors import CapacityError, KtransError
 from ktcompile.model import torch_threads
@@ -74,8 +78,11 @@ def written(shape: synthetic.Shape, out: Path) -> Iterator[Path]:
 
 def one(
     shape: synthetic.Shape, tests: Sequence[Test], path: Path, target: Target, args: argparse.Namespace
-) -> list[Row]:
-    """Load and measure: a line for the loading and for each test as soon as they are known, then one with all of it."""
+) -> tuple[list[Row], float]:
+    """Load and measure: a line for the loading and for each test as soon as they are known, then one with all of it.
+
+    The rows, and 10^9 bytes a second that memory gives.
+    """
     n = shape.layers
     start = time.perf_counter()
     context = context_for(tests, shape.context)
@@ -86,14 +93,16 @@ def one(
     torch.set_num_threads(torch_threads(plan, target))
     kernels = sorted({f"{r.op}:{r.kernel}@{r.device}" for r in plan.rows if r.op != "copy"})
     say(step="load", n=n, load_s=load_s, kernels=kernels, lossy=list(plan.lossy))
-    rows = []
+    rows, read = [], [reading(target)]
     for test in tests:
         rows.append(measure(test, model, args.runs, args.chunk_size))
         times = [round(1e3 * s, 3) for s in rows[-1].steps]
         say(step="measure", n=n, test=test.name, **told(rows[-1]), runs_s=list(rows[-1].seconds), steps_ms=times)
+    read.append(reading(target))
     say(
         step="model",
         n=n,
+        read_gb_s=read,
         gb_a_layer=gb_a_layer(shape),
         load_s=load_s,
         tests={row.test.name: told(row) for row in rows},
@@ -102,7 +111,14 @@ def one(
         rss_gb=resident() / 1e9,
         no_graph={tokens: why for tokens, why in model.graphs.items() if why},
     )
-    return rows
+    return rows, statistics.fmean(read)
+
+
+def reading(target: Target) -> float:
+    """10^9 bytes a second that the threads of the experts read from memory."""
+    pool = native.Pool(target.host.threads or default_threads())
+    data = native.empty(1 << 30).fill_(1)  # pages that nobody wrote to are one and the same
+    return max(native.read_rate(pool, data, ahead) for ahead in (0, 4096, 16384)) / 1e9
 
 
 def told(row: Row) -> dict[str, object]:
@@ -207,6 +223,7 @@ def main(given: Sequence[str] | None = None) -> int:
         chunk=args.chunk_size,
     )
     seconds: dict[Test, dict[int, float]] = {test: {} for test in tests}
+    read: list[float] = []
     cost = 0.0  # seconds a layer of the last one
     for n in layers:
         shape, spent = replace(whole, layers=n), time.perf_counter() - started
@@ -218,13 +235,15 @@ def main(given: Sequence[str] | None = None) -> int:
             continue
         try:
             with written(shape, args.out) as path:
-                for row in one(shape, tests, path, target, args):
-                    seconds[row.test][n] = row.step_s
+                rows, gb_s = one(shape, tests, path, target, args)
+            read.append(gb_s)
+            for row in rows:
+                seconds[row.test][n] = row.step_s
         except CapacityError as error:
             say(step="skip", n=n, why=str(error))
         free(target)
         cost = (time.perf_counter() - started - spent) / n
-    return tell(whole, seconds, args.chunk_size)
+    return tell(whole, seconds, read, args)
 
 
 def lacking(needed: int, out: Path, target: Target) -> str:
@@ -238,17 +257,25 @@ def lacking(needed: int, out: Path, target: Target) -> str:
     return ""
 
 
-def tell(whole: synthetic.Shape, seconds: dict[Test, dict[int, float]], chunk: int) -> int:
+def tell(
+    whole: synthetic.Shape, seconds: dict[Test, dict[int, float]], read: list[float], args: argparse.Namespace
+) -> int:
     """The line of the fit, or why there is none."""
     measured = sorted(next(iter(seconds.values())))
     if len(measured) < 3:
         say(step="fit", why=f"a line and its error need three numbers of layers; measured: {measured}")
         return 1
     fits = {
-        test.name: extrapolated(test, fit(list(points), list(points.values())), whole.layers, chunk)
+        test.name: extrapolated(test, fit(list(points), list(points.values())), whole.layers, args.chunk_size)
         for test, points in seconds.items()
     }
+    gb_s = statistics.fmean(read)
+    used = whole.layers * gb_a_layer(whole) * (args.experts or whole.used) / whole.experts
+    for test in seconds:
+        if test.kind == "tg" and test.batch == 1:
+            fits[test.name]["of_read"] = used / gb_s / float(str(fits[test.name]["step_s"]))
     about = {"moe_layers": whole.layers, "dense_layers": int(bool(whole.dense)), "gb_a_layer": gb_a_layer(whole)}
+    about |= {"read_gb_s": gb_s}
     say(step="fit", model=whole.name, **about, measured=measured, tests=fits)
     return 0
 

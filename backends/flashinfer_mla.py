@@ -1,12 +1,8 @@
 """mla on a GPU with FlashInfer's attention: `triton_mla` with another core, for many requests or long contexts.
 
 Everything but the core is Triton's, and so are the layouts: one phase may run `triton_planes` and the other
-`flashinfer_planes`. No list has these kernels by default. A rules file asks for them by naming them first:
-
-    extends: deepseek-v3
-    pipeline:
-      - choose-kernels:
-          mla: [flashinfer_planes, triton_planes, flashinfer, triton_encoded, triton, encoded, reference]
+`flashinfer_planes`. They are first in the lists, so they run where FlashInfer is installed; a page made on a machine
+without a GPU takes that machine for an example of what is installed.
 
 FlashInfer (arXiv 2501.01005; written for and tested with flashinfer-python 0.5.3, which needs apache-tvm-ffi, nvcc and
 ninja, and compiles for 20 s when it is first used) cuts the work of a step on the host: its `plan` wants every length
@@ -15,10 +11,14 @@ layers share one plan, and a CUDA graph that is replayed reads the plan of its s
 nobody said what a step is (`end` came last), lengths are read from the device at every call: right, and slow.
 """
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +50,18 @@ def unavailable() -> str | None:
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("flashinfer")
         return "flashinfer is not installed" if absent else f"flashinfer cannot be imported: {error}"
+    return None
+
+
+def uncompilable() -> str | None:
+    """Why FlashInfer, which compiles what it is asked for, could not here, or None if it could."""
+    if find_spec("flashinfer_jit_cache") is not None:  # has it compiled
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    if shutil.which("nvcc") is None and not Path(home, "bin", "nvcc").exists():
+        return f"flashinfer compiles its kernels, and there is no nvcc on the path or in {home}/bin"
+    if shutil.which("ninja") is None and find_spec("ninja") is None:
+        return "flashinfer compiles its kernels, and there is no ninja"
     return None
 
 
@@ -245,7 +257,7 @@ class FlashInferMLA(TritonMLA):
         self.attention = Attention()
 
     def missing(self) -> str | None:
-        return super().missing() or unavailable()
+        return super().missing() or unavailable() or uncompilable()
 
     def refuses(self, region: Region, target: Target) -> str | None:
         return super().refuses(region, target) or _refuses(region, target)
@@ -280,9 +292,9 @@ def _refuses(region: Region, target: Target) -> str | None:
         if dtype != torch.bfloat16:
             return f"FlashInfer is used in bf16 alone; {role} is {str(dtype).removeprefix('torch.')}"
     if not torch.cuda.is_available():
-        return None  # a plan for a machine elsewhere
+        return unavailable()
     device = target[region.device or target.main.name].torch
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"FlashInfer needs compute capability 8.0 for this; {region.device} has {major}.{minor}"
-    return unavailable()
+    return unavailable() or uncompilable()

@@ -139,7 +139,7 @@ def attend(
     row_s = first + gl.arange(0, ROWS, gl.SliceLayout(1, of_scores))
     limit = gl.where((row_s < count) & owned, stored + row_s // HEADS + 1, 0)  # positions each row may see
     top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, of_scores))  # running maximum
-    sums = gl.full([ROWS, KEYS], 0.0, gl.float32, of_scores)  # of exp2(score - top), added across at the end
+    total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, of_scores))  # running sum of exp2(score - top)
     mixed = gl.full([ROWS, LORA], 0.0, gl.float32, of_mixed)
     part = gl.cdiv(gl.cdiv(context, KEYS), SPLITS) * KEYS
     lo = split * part
@@ -171,7 +171,7 @@ def attend(
             safe = gl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing: no inf - inf
             weight = gl.exp2(score - safe[:, None])
             fade = gl.exp2(top - safe)
-            sums = sums * fade[:, None] + weight
+            total = total * fade + gl.sum(weight, 1)
             top = new_top
             mixed = mixed * gl.convert_layout(fade, gl.SliceLayout(1, of_mixed))[:, None]
             operand = gl.convert_layout(weight.to(dtype), of_weights)
@@ -194,7 +194,6 @@ def attend(
             buffer = other
         _wait(0)
 
-    total = gl.sum(sums, 1)
     seen = total > 0
     scale = gl.convert_layout(1.0 / gl.where(seen, total, 1.0), gl.SliceLayout(1, of_mixed))
     mixed = mixed * scale[:, None]

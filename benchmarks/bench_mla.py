@@ -1,6 +1,6 @@
 """Time MLA of the Triton kernels, decode next to the bandwidth of a device copy; one JSON object a line.
 
-    python benchmarks/bench_mla.py            DeepSeek-V3: 128 heads, 512 + 64, pages of 64, bfloat16
+    python benchmarks/bench_mla.py            DeepSeek-V3: 128 heads, 512 + 64, pages of 16, bfloat16
     python benchmarks/bench_mla.py --sweep    the same for a range of tiles: is `choose_tiles` right, `choose_blocks`?
     python benchmarks/bench_mla.py --prompts  prompts alone
 
@@ -24,12 +24,13 @@ from itertools import product
 import torch
 from gpu_timing import copy_gb_s, graph_us
 
-from ktcompile.backends import triton_mla
+from ktcompile.backends import gluon_mla, triton_mla
 from ktcompile.backends.triton_mla import Tiles, absorb, choose_tiles, mla_attend, processors_of
 from ktcompile.backends.triton_mla_expanded import Blocks, attend_expanded, choose_blocks, expands
 from ktcompile.ops.mla import MLAShape, attend_reference
+from ktcompile.symbols import PAGE
 
-HEADS, LORA, ROPE, PAGE, DTYPE = 128, 512, 64, 64, torch.bfloat16
+HEADS, LORA, ROPE, DTYPE = 128, 512, 64, torch.bfloat16
 SCALE = (128 + ROPE) ** -0.5
 CASES = ((1, 1024), (1, 8192), (32, 1024), (32, 8192), (32, 32768))  # requests, context
 PROMPTS = ((2048, 0), (2048, 8192), (512, 0), (512, 32768))  # tokens, stored before
@@ -61,7 +62,8 @@ def main() -> int:
     print(json.dumps({"bench": "copy", "GB/s": round(copy), **versions}), flush=True)
     width, processors = LORA + ROPE, processors_of(torch.cuda.current_device())
     for requests, context in () if arguments.prompts else CASES:
-        chosen = choose_tiles(requests, requests, HEADS, width, DTYPE.itemsize, context, 1, processors)
+        gluon = gluon_mla.refuses(torch.cuda.current_device()) is None
+        chosen = choose_tiles(requests, requests, HEADS, width, DTYPE.itemsize, context, 1, processors, gluon)
         for tiles in (chosen, *(others(chosen) if arguments.sweep else ())):
             print(json.dumps(decode(requests, context, tiles, copy, scratch)), flush=True)
     for tokens, stored in PROMPTS:

@@ -24,7 +24,15 @@ class ChooseKernels(Pass):
     requires = ("local",)
     establishes = ("lowered",)
     moe: tuple[str, ...] = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "scalar", "reference")
-    mla: tuple[str, ...] = ("triton_planes", "triton_encoded", "triton", "encoded", "reference")
+    mla: tuple[str, ...] = (
+        "flashinfer_planes",
+        "triton_planes",
+        "flashinfer",
+        "triton_encoded",
+        "triton",
+        "encoded",
+        "reference",
+    )
     gqa: tuple[str, ...] = ("triton_gqa_planes", "triton_gqa", "encoded", "reference")
     linear: tuple[str, ...] = ("triton_linear", "encoded", "reference")
     mlp: tuple[str, ...] = ("triton_mlp", "encoded", "reference")

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONTEXT, GPU, TWO, captured_plain, placed, rewritten, with_capacity
 from test_simulated_gpu import gpu, without_planes
+from test_triton_mla import SIMULATED
 from torch import fx
 
 from ktcompile import CapacityError, Device, RulesError, Target, explain, load, regions
@@ -79,6 +80,7 @@ def test_a_kernel_allocates_no_more_than_it_says(name: str, phase: Phase) -> Non
     assert run.seen > 10 and not run.over
 
 
+@SIMULATED
 @pytest.mark.parametrize(("phase", "tokens"), [("decode", 1), ("prefill", 20), ("prefill", 60)])
 def test_a_kernel_of_a_gpu_allocates_no_more_than_it_says(phase: Phase, tokens: int, tmp_path: Path) -> None:
     """Weights decoded at each call, attention in Triton: of 20 tokens in the absorbed form, of 60 in the expanded."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ktcompile import Call, Packed, load, regions
 from ktcompile.backends import flashinfer_mla
-from ktcompile.backends.flashinfer_mla import Attention, FlashInferMLA, FlashInferMLAPlanes, unavailable
+from ktcompile.backends.flashinfer_mla import Attention, FlashInferMLA, FlashInferMLAPlanes, unavailable, uncompilable
 from ktcompile.backends.mla import TritonMLA, TritonMLAPlanes
 from ktcompile.kernel import StepFacts, available, refusal
 from ktcompile.ops.mla import MLAShape, append_reference, attend_reference, mla_reference
@@ -260,15 +260,36 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashinfer_mla, "ROTATED", 8)
     assert refusal(kernel, region, target) == "FlashInfer is used in bf16 alone; hidden is float32"
     monkeypatch.setattr(torch, "bfloat16", torch.float32)
-    assert refusal(kernel, region, target) is None  # a machine elsewhere may have it
+    _stand_in(monkeypatch)
+    assert refusal(kernel, region, target) is None
     object.__setattr__(region.binding.shape, "heads", 20)
     assert refusal(kernel, region, target) == "FlashInfer's causal tiles are right where heads divide 128; there are 20"
     object.__setattr__(region.binding.shape, "heads", 4)
     monkeypatch.setitem(sys.modules, "flashinfer.mla", None)
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    assert kernel.missing() == "flashinfer is not installed"
+    assert kernel.missing() == refusal(kernel, region, target) == "flashinfer is not installed"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert refusal(kernel, region, target) == "flashinfer is not installed"
+    _stand_in(monkeypatch)
+    monkeypatch.setattr(flashinfer_mla, "uncompilable", lambda: "no nvcc")
+    assert refusal(kernel, region, target) == kernel.missing() == "no nvcc"
+
+
+def test_what_compiling_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found: dict[str, object] = {}
+    monkeypatch.setattr(flashinfer_mla, "find_spec", found.get)
+    needs = "flashinfer compiles its kernels, and there is no"
+    assert uncompilable() == f"{needs} nvcc on the path or in {tmp_path}/bin"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(0o755)
+    assert uncompilable() == f"{needs} ninja"
+    found["ninja"] = True
+    assert uncompilable() is None
+    found.clear()
+    found["flashinfer_jit_cache"] = True
+    assert uncompilable() is None
 
 
 # ------------------------------------------------------------------------------------------------ a whole model

@@ -90,7 +90,7 @@ def test_the_interpreter_is_told_why() -> None:
 
 @pytest.mark.skipif(gluon_mla.gl is None, reason="there is no Gluon")
 def test_compiles_for_hopper(tmp_path: Path) -> None:
-    """As DeepSeek-V3 launches it, whole and in parts; and no row of 64 heads or fewer begins inside a block."""
+    """As DeepSeek-V3 launches it, whole and in parts, and with 20 heads."""
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -8,18 +8,11 @@ from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
-from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedTokenizerFast,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedTokenizerFast
 
 from ktcompile.cache import PagedCache
-from ktcompile.errors import CapacityError, RulesError
+from ktcompile.errors import CapacityError
+from ktcompile.sampling import Choices, Sampling
 
 CHUNK = 512
 """Prompt tokens a step of a model that does not say how many: an interrupt waits for one chunk at most."""
@@ -28,36 +21,6 @@ CHUNK = 512
 def chunk_of(model: Any) -> int:
     """Prompt tokens that a loaded model takes a step."""
     return int(getattr(model, "chunk", CHUNK))
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0: the most likely one."""
-
-    temperature: float = 0.6
-    top_p: float = 0.95
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0, 100), ("top_p", 0, 1), ("top_k", 0, 1 << 31), ("min_p", 0, 1)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise RulesError(f"{name.replace('_', '-')} {value}: allowed is {low} to {high}")
-
-    def warpers(self) -> LogitsProcessorList:
-        """The transformers warpers of these settings, in their order."""
-        found = LogitsProcessorList()
-        if self.temperature not in (0, 1):
-            found.append(TemperatureLogitsWarper(self.temperature))
-        if self.top_k:
-            found.append(TopKLogitsWarper(self.top_k))
-        if 0 < self.top_p < 1:
-            found.append(TopPLogitsWarper(self.top_p))
-        if self.min_p:
-            found.append(MinPLogitsWarper(self.min_p))
-        return found
 
 
 @dataclass
@@ -98,9 +61,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.cache = self.model.new_cache(1)
-        self._generator = torch.Generator()
-        if self.sampling.seed is not None:
-            self._generator.manual_seed(self.sampling.seed)
+        self.sampling = self.sampling.seeded()
 
     def stream(self, prompt: Sequence[int], most: int) -> Iterator[str]:
         """Pieces of the answer to the prompt's token ids, at most `most` tokens; what the cache has is not read again.
@@ -122,11 +83,10 @@ class Session:
         self.seen = list(prompt[:same])
         self.statistics.reused = same
         start = time.perf_counter()
-        logits = torch.empty(0)
+        token = -1
         chunk = chunk_of(self.model)
         for at in range(same, len(prompt), chunk):
-            logits = self._step(prompt[at : at + chunk])
-        token = self._choose(logits)
+            token = self._next(prompt[at : at + chunk])
         self.statistics.prefill_s = time.perf_counter() - start
         start = time.perf_counter()
         decoder = DecodeStream(skip_special_tokens=True)
@@ -141,24 +101,19 @@ class Session:
             if len(self.seen) >= self.cache.context:
                 self.statistics.ended = "; ended, the context is full"
                 return
-            token = self._choose(self._step([token]))
+            token = self._next([token])
             self.statistics.steps += 1
             self.statistics.decode_s = time.perf_counter() - start
 
-    def _step(self, ids: Sequence[int]) -> Tensor:
-        first = len(self.seen)
-        positions = torch.arange(first, first + len(ids))
-        logits: Tensor = self.model.step(
-            torch.tensor(ids), positions, [len(ids)], torch.tensor([len(ids) - 1]), self.cache
-        )
+    def _next(self, ids: Sequence[int]) -> int:
+        """The token that follows these. KtransError where the logits are no distribution."""
+        first, count = len(self.seen), len(ids)
+        positions = torch.arange(first, first + count)
+        choices = Choices.of([self.sampling], [first + count])
+        keep = torch.tensor([count - 1])
+        (token,) = self.model.next_tokens(torch.tensor(ids), positions, [count], keep, self.cache, choices).ids()
         self.seen += ids
-        return logits[0].float()
-
-    def _choose(self, logits: Tensor) -> int:
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        scores = self.sampling.warpers()(torch.tensor([self.seen]), logits[None].cpu())  # type: ignore[arg-type]
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        return int(token)
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerFast, generation: Any) -> frozenset[int]:
@@ -186,3 +141,6 @@ def encode_chat(
         plain = {"split_special_tokens": True} if piece in marks else {}
         ids += tokenizer(marks.get(piece, piece), add_special_tokens=False, verbose=False, **plain)["input_ids"]
     return ids
+
+
+__all__ = ["CHUNK", "Sampling", "Session", "Statistics", "chunk_of", "encode_chat", "stop_tokens"]

@@ -28,6 +28,7 @@ from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_p
 from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Step, Store, check_one_layout, lower
+from ktcompile.sampling import Choices, Sampled, sample
 from ktcompile.step_graph import NotCapturable, StepGraph, StreamedStep
 from ktcompile.symbols import sizes as symbol_sizes
 from ktcompile.target import Target, default_threads, detect, with_vram
@@ -332,7 +333,7 @@ class _Forward:
     ) -> None:
         self.config, self.settings, self.phases, self.pool_devices = config, settings, phases, pool_devices
         self.graphs: dict[int, str] = {}  # tokens a step -> why it is not one CUDA graph, or ""
-        self._recorded: WeakKeyDictionary[PagedCache, dict[int, StepGraph]] = WeakKeyDictionary()
+        self._recorded: WeakKeyDictionary[PagedCache, dict[bool, StepGraph]] = WeakKeyDictionary()  # by: it samples
         self._streamed: dict[Executable, StreamedStep] = {}
         self._unstreamable: dict[Executable, str] = {}  # why; a decode step's warning says it too
         self._caches: WeakSet[PagedCache] = WeakSet()
@@ -387,6 +388,26 @@ class _Forward:
         CapacityError where a request outgrows the cache, or the GPU's memory is full: the cache then holds what it held
         before, and the next call may ask for less.
         """
+        return self._checked_step(ids, positions, counts, keep, cache, None)
+
+    def next_tokens(
+        self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache, choices: Choices
+    ) -> Sampled:
+        """As `step`, but the token that follows each row `keep`, on the CPU: chosen on the GPU, with the step.
+
+        `choices`: of as many rows, on the CPU.
+        """
+        return Sampled.unpacked(self._checked_step(ids, positions, counts, keep, cache, choices))
+
+    def _checked_step(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        counts: Sequence[int],
+        keep: Tensor,
+        cache: PagedCache,
+        choices: Choices | None,
+    ) -> Tensor:
         cache.check(counts)
         facts = StepFacts(tuple(cache.lengths), tuple(counts), cache.all_pages)
         try:
@@ -397,22 +418,34 @@ class _Forward:
                 f"the longest of {max(cache.lengths)} tokens of {cache.context}"
             )
             with out_of_memory(asked, lambda: self._free(cache)):
-                return self._step(ids, positions, counts, keep, cache)
+                return self._step(ids, positions, counts, keep, cache, choices)
         finally:
             for kernel in self._told:
                 kernel.end()
 
-    def _step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
+    def _step(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        counts: Sequence[int],
+        keep: Tensor,
+        cache: PagedCache,
+        choices: Choices | None,
+    ) -> Tensor:
+        """Logits, or with `choices` packed tokens."""
         main = self.settings.target.main.torch
         if self._is_decode(counts, keep) and main.type == "cuda" and self.graphs.get(len(counts), "") == "":
+            numbers = [*ids.tolist(), *positions.tolist(), *keep.tolist(), *cache.rows()]
+            if choices is not None:
+                numbers += choices.packed().flatten().tolist()
             try:
-                logits = self._graph_of(cache)([*ids.tolist(), *positions.tolist(), *keep.tolist(), *cache.rows()])
+                found = self._graph_of(cache, choices is not None)(numbers)
             except NotCapturable as error:
                 self.graphs[len(counts)] = str(error)
                 warnings.warn(f"decode steps of {len(counts)} tokens are no CUDA graph: {error}", stacklevel=2)
             else:
                 cache.advance()
-                return logits[0].clone()
+                return found.clone() if choices is not None else found[0].clone()
         cache.begin(counts)
         decode = len(counts) == 1 and ids.numel() == 1 and keep.numel() == 1
         values = {
@@ -426,9 +459,12 @@ class _Forward:
         values.update({f"cache.layers.{i}.pool": pool for i, pool in enumerate(cache.pools)})
         executable = self.phases["decode" if decode else "prefill"]
         streamed = self._stream_of(executable, ids.numel())
-        (logits,) = (streamed(values).cpu(),) if streamed else executable(values)
+        logits: Tensor = (streamed(values) if streamed else executable(values)[0])[0]
         cache.advance()
-        return logits[0]
+        if choices is None:
+            return logits.cpu() if streamed else logits
+        with torch.inference_mode():
+            return sample(logits, choices.to(logits.device)).packed().cpu()
 
     def _stream_of(self, executable: Executable, tokens: int) -> StreamedStep | None:
         """The executable for this many tokens with the CPU's experts on the GPU's stream; None where it cannot be."""
@@ -453,11 +489,11 @@ class _Forward:
         count = len(counts)
         return count <= MAX_GRAPH_TOKENS and all(c == 1 for c in counts) and keep.tolist() == [*range(count)]
 
-    def _graph_of(self, cache: PagedCache) -> StepGraph:
-        """The cache's decode step, recorded at its first call."""
+    def _graph_of(self, cache: PagedCache, samples: bool) -> StepGraph:
+        """The cache's decode step, recorded at its first call. `samples`: it ends with packed tokens."""
         count = cache.requests
         made = self._recorded.setdefault(cache, {})
-        if count not in made:
+        if samples not in made:
             state = {f"cache.layers.{i}.pool": pool for i, pool in enumerate(cache.pools)}
             state["cache.page_table"] = cache.all_pages
             shapes = {
@@ -467,10 +503,13 @@ class _Forward:
                 "cache.seq_len": (count,),
                 "cache.query_start": (count + 1,),
             }
+            if samples:
+                shapes["choices"] = Choices.shape(count)
             executable = self.phases["decode" if count == 1 else "prefill"]
-            made[count] = StepGraph(executable, self.settings.target.main.torch, count, state, shapes)
+            main = self.settings.target.main.torch
+            made[samples] = StepGraph(executable, main, count, state, shapes, last=_sampled if samples else None)
             self.graphs[count] = ""
-        return made[count]
+        return made[samples]
 
     def __call__(
         self,
@@ -529,6 +568,11 @@ class _Forward:
         return self.new_cache(batch)
 
 
+def _sampled(logits: Tensor, changing: Mapping[str, Tensor]) -> Tensor:
+    """The packed tokens of a step's logits `[1, rows, vocabulary]`: the last nodes of its graph."""
+    return sample(logits[0], Choices.unpacked(changing["choices"])).packed()
+
+
 def load(
     model: str | Path | Checkpoint | None = None,
     *,
@@ -553,7 +597,7 @@ def load(
     while loading (lossy): `int4`, `int8`, …, or `GLOB=ENCODING,…`. `vram`: use at most so much of each GPU's memory
     (`24G`); torch's allocator keeps to it in the whole process. `packed_cache`: a folder that keeps packed experts
     for the next start; `user` is the user's cache folder, `model` one beside the model. Besides the usual methods it
-    has `plans` (by phase), `step`, `new_cache`, `memory` and `chunk`.
+    has `plans` (by phase), `step`, `next_tokens`, `new_cache`, `memory` and `chunk`.
     `cache_dtype`: `fp8` keeps latents in 8 bits (lossy). `chunk`: prompt tokens a step; default: what fits best.
     Raises ModelFileError, RulesError, CapacityError.
     """
@@ -594,7 +638,12 @@ def load(
     forward = _Forward(checkpoint.config, settings, phases, _pool_devices(graphs["decode"], settings.target))
     hollow.forward = torch.compiler.disable(forward.__call__)
     extra = {"plans": plans, "step": forward.step, "new_cache": forward.new_cache, "store": store, "phases": phases}
-    extra |= {"graphs": forward.graphs, "memory": lambda: forward.memory(store), "chunk": settings.chunks[0]}
+    extra |= {
+        "next_tokens": forward.next_tokens,
+        "graphs": forward.graphs,
+        "memory": lambda: forward.memory(store),
+        "chunk": settings.chunks[0],
+    }
     for name, value in extra.items():
         setattr(hollow, name, value)
     hollow.generation_config = checkpoint.generation

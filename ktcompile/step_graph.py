@@ -31,6 +31,7 @@ class Handover(Protocol):
 
 
 Handovers = Callable[[Prepared, torch.device], Handover]
+Last = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 def handover() -> Handovers:
@@ -131,8 +132,10 @@ def with_handovers(
 class StepGraph:
     """An executable on inputs of fixed addresses. The first call runs it and, on a GPU, records it; others replay.
 
-    `state`: inputs that stay where they are (page pools, the page table). `sizes`: element counts of the int64 inputs
-    that change every step, by name, in their shapes; the caller gives them in one list a step.
+    `state`: inputs that stay where they are (page pools, the page table). `shapes`: the int64 inputs that change every
+    step, by name; the caller gives them in one list a step. `last`: what the step ends with, also part of the graph: it
+    is given the first result and the changing inputs, its own result goes to the host. `first` is the first result
+    itself, on the GPU, until the next call.
     """
 
     def __init__(
@@ -143,26 +146,28 @@ class StepGraph:
         state: Mapping[str, Tensor],
         shapes: Mapping[str, tuple[int, ...]],
         make: Handovers | None = None,
+        last: Last | None = None,
     ) -> None:
-        self.main = main
+        self.main, self._last = main, last
         pinned = main.type == "cuda"
         counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
         total = sum(counts.values())
         self._host = torch.zeros(total, dtype=torch.int64, pin_memory=pinned)
         self._device = torch.zeros(total, dtype=torch.int64, device=main)
-        changing = {
+        self._changing = {
             name: part.view(tuple(shapes[name]))
             for name, part in zip(counts, self._device.split(list(counts.values())), strict=True)
         }
-        values = {**state, **changing}
+        values = {**state, **self._changing}
         needs_cpu = any(isinstance(m, Step) and m.device != main for m in executable.gm.modules())
         self.gm, self.prepared = with_handovers(executable, main, tokens, make or (handover() if needs_cpu else _none))
         self._args = [values[i] if isinstance(i, str) else values[i[0]].shape[i[1]] for i in executable.inputs]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._out: Tensor | None = None
+        self.first: Tensor | None = None
 
     def __call__(self, numbers: Sequence[int]) -> Tensor:
-        """Run on the changing inputs, all in one list in the order of `shapes`; the first result, on the CPU.
+        """Run on the changing inputs, all in one list in the order of `shapes`; the result, on the CPU.
 
         The result is overwritten by the next call.
         """
@@ -210,7 +215,9 @@ class StepGraph:
 
     def _record(self) -> None:
         self._device.copy_(self._host, non_blocking=True)
-        found = self.gm(*self._args)[0]
+        found = self.first = self.gm(*self._args)[0]
+        if self._last is not None:
+            found = self._last(found, self._changing)
         if self._out is None:
             self._out = torch.zeros(found.shape, dtype=found.dtype, pin_memory=self.main.type == "cuda")
         self._out.copy_(found, non_blocking=True)

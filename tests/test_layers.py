@@ -33,6 +33,7 @@ ORDER = (
     "convert",
     "inspect",
     "runtime",
+    "sampling",
     "step_graph",
     "model",
     "dynamo",

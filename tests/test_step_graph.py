@@ -15,7 +15,8 @@ from torch import Tensor
 from ktcompile import Target
 from ktcompile.backends.handover import Flags, HostFunctions
 from ktcompile.errors import KtransError
-from ktcompile.model import load
+from ktcompile.model import _sampled, load
+from ktcompile.sampling import Choices, Sampled, Sampling, sample
 from ktcompile.step_graph import NotCapturable, StepGraph, StreamedStep, handover, with_handovers
 
 MAIN = torch.device("cpu:1")
@@ -39,6 +40,8 @@ def graph_of(model: Any, cache: Any, **options: Any) -> StepGraph:
         "cache.seq_len": (count,),
         "cache.query_start": (count + 1,),
     }
+    if "last" in options:
+        shapes["choices"] = Choices.shape(count)
     executable = model.phases["decode" if count == 1 else "prefill"]
     return StepGraph(executable, MAIN, count, state, shapes, **options)
 
@@ -83,6 +86,23 @@ def test_every_region_on_the_cpu_is_two_points(model: Any) -> None:
     assert not any("copy_to" in str(n.target) for n in graph.gm.graph.nodes)
     graph.close()
     assert graph.prepared == []
+
+
+def test_a_step_can_end_with_the_choice_of_tokens(model: Any) -> None:
+    """Whose settings change from call to call of one graph; the logits stay."""
+    rows = 2
+    one, other = model.new_cache(rows), model.new_cache(rows)
+    graph = graph_of(model, other, last=_sampled)
+    for i, temperature in enumerate((0.0, 3.0)):
+        choices = Choices.of([Sampling(temperature, seed=1), Sampling(1.0, 1.0, top_k=3, seed=2)], [i + 1] * rows)
+        want = step(model, one, [5 + i, 9 + i])
+        other.check([1] * rows)
+        numbers = [5 + i, 9 + i, *other.lengths, *range(rows), *other.rows(), *choices.packed().flatten().tolist()]
+        found = Sampled.unpacked(graph(numbers))
+        other.advance()
+        assert graph.first is not None and (graph.first[0] - want).norm() <= 1e-5 * want.norm()
+        assert found.ids() == sample(want, choices).ids()
+    graph.close()
 
 
 def test_an_error_of_the_cpu_is_raised_and_the_next_step_works(model: Any) -> None:

@@ -1,6 +1,7 @@
-"""norm on a GPU in one launch: RMSNorm, one Triton program a row.
+"""norm on a GPU in one launch: RMSNorm, one Triton program a row, with the residual sum before it where it reads one.
 
-The op is defined in `ktcompile/ops/plain.py` (`rms_norm`); this agrees with it up to the order of one sum. Nothing
+The ops are defined in `ktcompile/ops/plain.py` (`rms_norm`, `add_rms_norm`); this agrees with them up to the order of
+one sum. Nothing
 waits for the device, so a step can be captured in a CUDA graph. Without Triton this module still imports.
 """
 
@@ -21,6 +22,9 @@ from ktcompile.backends.triton_mla import interpreted, unavailable
 def _rms_norm(
     x: tensor,  # [rows, H]
     row_stride: tensor,
+    r: tensor,  # [rows, H]: added to x, or unused
+    r_stride: tensor,
+    total: tensor,  # [rows, H], contiguous: the sum, or unused; of the type that values are rounded to
     weight: tensor,  # [H]
     eps: tensor,
     offset: tensor,
@@ -28,14 +32,20 @@ def _rms_norm(
     H: constexpr,
     H_PAD: constexpr,
     LATE: constexpr,
+    ADD: constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, H_PAD)
     v = tl.load(x + row * row_stride + i, mask=i < H, other=0.0).to(tl.float32)
+    if ADD:
+        v += tl.load(r + row * r_stride + i, mask=i < H, other=0.0).to(tl.float32)
+        rounded = v.to(total.dtype.element_ty)
+        tl.store(total + row * H + i, rounded, mask=i < H)
+        v = rounded.to(tl.float32)
     w = tl.load(weight + i, mask=i < H, other=0.0).to(tl.float32) + offset
     v = v * tl.rsqrt(tl.sum(v * v, 0) / H + eps)
     if not LATE:  # both are rounded as torch would, then multiplied in float32, which is exact
-        v = v.to(x.dtype.element_ty).to(tl.float32)
+        v = v.to(total.dtype.element_ty).to(tl.float32)
         w = w.to(weight.dtype.element_ty).to(tl.float32)
     tl.store(out + row * H + i, (w * v).to(out.dtype.element_ty), mask=i < H)
 
@@ -49,23 +59,45 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, late: b
 
     Rows may be strided; `x` is copied only if they cannot be seen as `[rows, H]` with neighbouring values.
     """
+    return _normed(x, None, weight, eps, offset, late)[1]
+
+
+def add_rms_norm(
+    x: Tensor, r: Tensor, weight: Tensor, eps: float, offset: float = 0.0, late: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`x + r`, both `[..., H]` of one type, and its RMSNorm: `ktrans::add_rms_norm` in one launch. Else as above."""
+    if (x.shape, x.dtype) != (r.shape, r.dtype):
+        raise ValueError(f"x is {x.dtype} {list(x.shape)} and r {r.dtype} {list(r.shape)}: both must be one")
+    return _normed(x, r, weight, eps, offset, late)
+
+
+def _rows(x: Tensor, width: int) -> Tensor:
+    """As `[rows, width]` with neighbouring values, a copy only if it must be."""
+    rows = x.reshape(-1, width)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _normed(
+    x: Tensor, r: Tensor | None, weight: Tensor, eps: float, offset: float, late: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum, which is x where there is no r, and its norm."""
     width = weight.shape[0]
     if width > MAX_WIDTH or x.numel() % max(1, width) or not weight.is_contiguous():
         raise ValueError(f"weight must be contiguous [H], H up to {MAX_WIDTH}, not {list(weight.shape)}")
-    rows = x.reshape(-1, width)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = _rows(x, width)
+    total = x if r is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    added = rows if r is None else _rows(r, width)
     dtype = x.dtype if late else torch.promote_types(x.dtype, weight.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if out.numel() == 0:
-        return out
+        return total, out
     padded = 1 << (width - 1).bit_length()
     with torch.cuda.device(x.get_device()):
         _rms_norm[(rows.shape[0],)](
-            rows, rows.stride(0), weight, eps, offset, out,
-            H=width, H_PAD=padded, LATE=late, num_warps=min(16, max(1, padded // 512)),
+            rows, rows.stride(0), added, added.stride(0), total, weight, eps, offset, out,
+            H=width, H_PAD=padded, LATE=late, ADD=r is not None, num_warps=min(16, max(1, padded // 512)),
         )  # fmt: skip
-    return out
+    return total, out
 
 
 class TritonNorm(Kernel):
@@ -95,10 +127,22 @@ class TritonNorm(Kernel):
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         return Reference().pack(parts, region, target)
 
-    def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
+    def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Any:
         (x,) = inputs
         shape = region.shape
         return rms_norm(x, packed.tensors["weight"], shape.eps, shape.offset, shape.late)
 
 
-__all__ = ["MAX_WIDTH", "TritonNorm", "interpreted", "rms_norm"]
+class TritonAddNorm(TritonNorm):
+    """A sum of two values and its RMSNorm, likewise: both are returned."""
+
+    name = "triton_add_norm"
+    op = "add_norm"
+
+    def __call__(self, packed: Packed, region: Call, *inputs: Any) -> tuple[Tensor, Tensor]:
+        x, r = inputs
+        shape = region.shape
+        return add_rms_norm(x, r, packed.tensors["weight"], shape.eps, shape.offset, shape.late)
+
+
+__all__ = ["MAX_WIDTH", "TritonAddNorm", "TritonNorm", "add_rms_norm", "interpreted", "rms_norm"]

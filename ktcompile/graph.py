@@ -393,6 +393,47 @@ def add_results(first: Region, second: Region, path: str) -> Region:
     return found
 
 
+def join(first: Region, second: Region, op: str, binding: Any) -> Region:
+    """A region right after `first` that returns the results of both, one each; nobody reads it yet.
+
+    `second` must read nothing but that of `first`, and weights. It has the path, the place and the weights of `second`
+    behind those of `first`. Equal pairs share one body.
+    """
+    gm, graph = first.graph_module, first.node.graph
+    name = f"{first.node.target}_{second.node.target}"
+    weights = {**first.weights, **second.weights}
+    if name not in dict(gm.named_children()):
+        body = fx.Graph()
+        given = {n: body.placeholder(f"x{i}") for i, n in enumerate(first.inputs)}
+        given |= {n: body.placeholder("w_" + re.sub(r"\W", "_", leaf)) for leaf, n in weights.items()}
+        for node, made in given.items():
+            made.meta["val"] = value_of(node)
+        results: list[Any] = []
+        for region in (first, second):
+            outside = (*region.inputs, *region.weights.values())
+            inside = [n for n in region.body.graph.nodes if n.op == "placeholder"]
+            env = {n: given.get(of) or results[0] for n, of in zip(inside, outside, strict=True)}
+            results.append(body.graph_copy(region.body.graph, env))
+        body.output(tuple(results))
+        gm.add_submodule(name, fx.GraphModule(torch.nn.Module(), body))
+    with graph.inserting_after(first.node):
+        node = graph.call_module(name, (*first.inputs, *weights.values()))
+    values = value_of(first.node), value_of(second.node)
+    node.meta = {**second.node.meta, "op": op, "binding": binding, "leaves": tuple(weights), "val": values}
+    return Region(node)
+
+
+def take_over(joined: Region, first: Region, second: Region) -> None:
+    """Let the readers of two regions read the region that `join` made of them instead, and remove the two."""
+    for i, region in enumerate((first, second)):
+        with region.node.graph.inserting_after(joined.node):
+            item = region.node.graph.call_function(operator.getitem, (joined.node, i))
+        item.meta["val"] = value_of(region.node)
+        region.node.replace_all_uses_with(item)
+    remove(second)
+    remove(first)
+
+
 def prune(gm: fx.GraphModule) -> list[str]:
     """Remove regions and copies that nobody reads and that change nothing; returns their paths.
 

@@ -311,6 +311,11 @@ def _relative(text: str, layer: int) -> str:
     return re.sub(r"\bL(\d+)\.", lambda m: f"L[{int(m[1]) - layer}].", text)
 
 
+def _shape(text: str, layer: int) -> str:
+    """`_relative`, with one name for all results of an earlier layer, whatever region makes them there."""
+    return re.sub(r"(L\[-\d+\])\.[^\s|]+", r"\1", _relative(text, layer))
+
+
 def _absolute(text: str, layer: int) -> str:
     return re.sub(r"L\[(-?\d+)\]", lambda m: f"L{layer + int(m[1])}", text)
 
@@ -327,7 +332,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     alike: dict[int, list[int]] = {}  # layer in full -> the layers like it
     lines: list[tuple[str, ...] | str] = [_HEADER]
     for i, (layer, block) in enumerate(blocks):
-        key = tuple(_relative("|".join(map(str, _cells(r)[:8])), layer) for r in block) if layer is not None else ()
+        key = tuple(_shape("|".join(map(str, _cells(r)[:8])), layer) for r in block) if layer is not None else ()
         if layer is not None and key in shown:
             alike.setdefault(shown[key], []).append(layer)
         else:

@@ -238,7 +238,8 @@ def _inputs(region: Region, known: dict[str, int], seed: int = 0) -> list[Any]:
         elif value.dtype == torch.bool or role == "mask":
             out.append(None)  # the mask needs the tables
         else:
-            size = 1e-3 if region.op == "norm" else 1.0  # the squares are as small as an epsilon: it counts
+            is_norm = region.op in ("norm", "add_norm")
+            size = 1e-3 if is_norm else 1.0  # the squares are as small as an epsilon: it counts
             out.append((size * torch.randn(shape, generator=generator)).to(value.dtype))
     if tables:
         hidden = out[region.binding.roles["hidden"]]

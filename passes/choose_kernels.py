@@ -37,6 +37,7 @@ class ChooseKernels(Pass):
     linear: tuple[str, ...] = ("triton_linear", "encoded", "reference")
     mlp: tuple[str, ...] = ("triton_mlp", "encoded", "reference")
     norm: tuple[str, ...] = ("triton_norm", "reference")
+    add_norm: tuple[str, ...] = ("triton_add_norm", "reference")
     router: tuple[str, ...] = ("triton_router", "reference")
     streamed: tuple[str, ...] = ("triton_streamed",)
     other: tuple[str, ...] = ("encoded", "reference")
@@ -52,12 +53,13 @@ class ChooseKernels(Pass):
             "linear": self.linear,
             "mlp": self.mlp,
             "norm": self.norm,
+            "add_norm": self.add_norm,
             "router": self.router,
             "streamed": self.streamed,
             "other": self.other,
             **self.ops,
         }
-        on_gpu = ("linear", "mlp", "norm", "router")  # kernels of their own only there
+        on_gpu = ("linear", "mlp", "norm", "add_norm", "router")  # kernels of their own only there
         for key, names in lists.items():
             if unknown := [n for n in names if n not in kernels]:
                 raise OptionError(key, f"no kernel {unknown[0]!r}; {near(unknown[0], kernels)}")

@@ -152,7 +152,7 @@ def test_shipped_rules_survive_a_round_trip(name: str) -> None:
 
 def test_the_example_has_one_of_everything() -> None:
     pipeline = parse_rules(RULES, "my.yaml")
-    names = ["fold", "prune-experts", "place", "stream-experts", "insert-copies", "choose-kernels"]
+    names = ["fold", "prune-experts", "place", "stream-experts", "fuse-norms", "insert-copies", "choose-kernels"]
     assert [p.name for p in pipeline.passes] == names
     assert pipeline.where("place", "rules.*") == "my.yaml:8"
 

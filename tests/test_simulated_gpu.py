@@ -86,7 +86,7 @@ KERNELS = {
 }
 """The kernels of ops whose weights are quantised; others run as `reference`."""
 
-NOT_QUANTISED = {"norm": "triton_norm", "router": "triton_router"}
+NOT_QUANTISED = {"norm": "triton_norm", "add_norm": "triton_add_norm", "router": "triton_router"}
 """The kernels of ops whose weights never are, likewise."""
 
 

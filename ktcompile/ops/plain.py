@@ -3,6 +3,8 @@
 Of these RMSNorm has a definition, `ktrans::rms_norm`:
 
     y = x / sqrt(mean(x * x) + eps) * (weight + offset),  the mean over the last axis
+
+and so has the sum before it, `ktrans::add_rms_norm`: x + r, and y of that. The pass fuse-norms makes regions of it.
 """
 
 from dataclasses import dataclass, replace
@@ -44,6 +46,22 @@ register(
     rms_norm,
     lambda x, weight, eps, offset, late: torch.empty_like(
         x, dtype=x.dtype if late else torch.promote_types(x.dtype, weight.dtype)
+    ),
+)
+
+
+def add_rms_norm(x: Tensor, r: Tensor, weight: Tensor, eps: float, offset: float, late: bool) -> tuple[Tensor, Tensor]:
+    """The definition: `x + r`, both `[..., H]` of one type, and `rms_norm` of it."""
+    total = x + r
+    return total, rms_norm(total, weight, eps, offset, late)
+
+
+register(
+    "add_rms_norm(Tensor x, Tensor r, Tensor weight, float eps, float offset, bool late) -> (Tensor, Tensor)",
+    add_rms_norm,
+    lambda x, r, weight, eps, offset, late: (
+        torch.empty_like(x),
+        torch.empty_like(x, dtype=x.dtype if late else torch.promote_types(x.dtype, weight.dtype)),
     ),
 )
 
@@ -117,12 +135,20 @@ def _eps(scaled: Any, x: fx.Node) -> float | None:
 
 
 def _define_norm(binding: Binding, leaves: tuple[str, ...]) -> fx.Graph | None:
+    return _defined(binding, ("x", "weight"), torch.ops.ktrans.rms_norm.default)
+
+
+def _define_add_norm(binding: Binding, leaves: tuple[str, ...]) -> fx.Graph | None:
+    return _defined(binding, ("x", "r", "weight"), torch.ops.ktrans.add_rms_norm.default)
+
+
+def _defined(binding: Binding, tensors: tuple[str, ...], op: Any) -> fx.Graph | None:
     shape: NormShape | None = binding.shape
     if shape is None:
         return None
     graph = fx.Graph()
-    args = graph.placeholder("x"), graph.placeholder("weight"), shape.eps, shape.offset, shape.late
-    graph.output(graph.call_function(torch.ops.ktrans.rms_norm.default, args))
+    given = [graph.placeholder(name) for name in tensors]
+    graph.output(graph.call_function(op, (*given, shape.eps, shape.offset, shape.late)))
     return graph
 
 
@@ -156,6 +182,7 @@ OPS = (
         _define_norm,
         lambda binding: replace(binding, shape=None),
     ),
+    Op("add_norm", lambda site: None, "x + r, and the RMSNorm of it", ("x", "r"), _define_add_norm),
     Op("linear", _bind_linear, "x @ weight.T + bias", ("x",)),
     Op("mlp", _bind_mlp, "down(act(gate x) * up x)", ("x",)),
     Op("attention", _bind_attention, "any other attention block, as captured"),

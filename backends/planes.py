@@ -8,7 +8,7 @@ a contiguous tensor. All are made of units of 32 columns, for every encoding:
     high       of columns 4 k + b (k, b from 0 to 3) and 16 more: 1 bit: an int32 a unit, bits k and 4 + k of byte b;
                2 bits: two int32, the bits from 2 k on of byte b. So those of four columns come by one shift and mask
     scale      a byte for `group` columns (FP8: a float32 for 128 x 128 values), low_scale likewise for minima
-    d, dmin    float16 for `super` columns
+    d, dmin    float16 for `super` columns (int4 groups: d is a group's scale, bfloat16 or float16)
 
     value = d * scale * (code - offset) - dmin * low_scale
 """
@@ -29,13 +29,14 @@ class Format:
 
     low: int  # bits a code in the plane `low`: 4 or 8
     high: int  # bits more in the plane `high`: 0, 1 or 2
-    group: int  # columns that share a scale: 16, 32 or 128
+    group: int  # columns that share a scale: 16, 32, 64 or 128
     super: int  # columns that share d; = group if there is no plane `scale`
     has_min: bool
     offset: int  # what is subtracted from a code
     block_bytes: int  # in the file
     block: int  # columns of these
     float8: bool = False  # codes are e4m3, scales float32 for group x group values; no d
+    beside: bool = False  # scales lie beside the codes in the file, [rows, cols / group], and become d
 
     @property
     def scaled(self) -> bool:
@@ -56,7 +57,7 @@ class Format:
         if self.has_min:
             found["low_scale"] = ((rows, cols // self.group), torch.uint8)
             found["dmin"] = ((rows, cols // self.super), torch.float16)
-        found["d"] = ((rows, cols // self.super), torch.float16)
+        found["d"] = ((rows, cols // self.super), torch.bfloat16 if self.beside else torch.float16)
         return found
 
     def nbytes(self, rows: int, cols: int) -> int:
@@ -71,6 +72,7 @@ FORMATS: dict[str, Format] = {
     "q8_0": Format(8, 0, 32, 32, False, 128, 34, 32),
     "q5_0": Format(4, 1, 32, 32, False, 16, 22, 32),
     "q4_0": Format(4, 0, 32, 32, False, 8, 18, 32),
+    **{f"int4_group{g}": Format(4, 0, g, g, False, 8, g // 2, g, beside=True) for g in (32, 64, 128)},
     "fp8_block128": Format(8, 0, 128, 128, False, 0, 1, 1, float8=True),
 }
 """Encoding -> its planes. At most 2.8 % (q4_k) more than the file: its 6-bit scales take a byte each."""
@@ -101,23 +103,28 @@ CHUNK_VALUES = 1 << 24
 def planes(raw: Tensor, encoding: str, scale: Tensor | None = None, cols: int | None = None) -> dict[str, Tensor]:
     """Planes of rows as stored, `[N, row bytes]` in one byte an element, where `raw` is; every bit is kept.
 
-    `scale`: float32 `[ceil(N / 128), ceil(K / 128)]`, for "fp8_block128" only. `cols`: K, where it is not all of the
-    rows. ValueError names an encoding that has no planes, rows that are not whole blocks, scales of another shape, and
-    FP8 codes that are NaN (the kernels' decoding has none).
+    int4 groups are int32, as `ktcompile.weights.decode` takes them. `scale`: float32, for "fp8_block128"
+    `[ceil(N / 128), ceil(K / 128)]`, for int4 groups `[N, K / group]`, of values that two bytes held. `cols`: K, where
+    it is not all of the rows. ValueError names an encoding that has no planes, rows that are not whole blocks, scales
+    of another shape or of four bytes, and FP8 codes that are NaN (the kernels' decoding has none).
     """
     if encoding not in FORMATS:
         raise ValueError(f"no planes for {encoding!r}; there are some for {', '.join(FORMATS)}")
     f = FORMATS[encoding]
+    if f.beside and raw.dtype == torch.int32:
+        raw = raw.contiguous().view(torch.uint8)
     if raw.dim() != 2 or raw.element_size() != 1 or raw.shape[1] % f.block_bytes:
         raise ValueError(f"{encoding} rows must be bytes [N, n * {f.block_bytes}], not {list(raw.shape)} {raw.dtype}")
     rows, cols = raw.shape[0], cols or raw.shape[1] // f.block_bytes * f.block
     shapes = f.shapes(rows, cols)
-    if (scale is not None) != f.float8 or (scale is not None and tuple(scale.shape) != shapes["scale"][0]):
-        want = list(shapes["scale"][0]) if f.float8 else "no scales"
+    into = "d" if f.beside else "scale"
+    has_scale = f.float8 or f.beside
+    if (scale is not None) != has_scale or (scale is not None and tuple(scale.shape) != shapes[into][0]):
+        want = list(shapes[into][0]) if has_scale else "no scales"
         raise ValueError(f"{encoding} needs {want}, not {None if scale is None else list(scale.shape)}")
     out = {name: torch.empty(shape, dtype=dtype, device=raw.device) for name, (shape, dtype) in shapes.items()}
     if scale is not None:
-        out["scale"].copy_(scale)
+        out[into] = _two_bytes(scale) if f.beside else out[into].copy_(scale)
     step = max(1, CHUNK_VALUES // max(1, cols))
     for at in range(0, rows, step):
         part = raw[at : at + step].contiguous().view(torch.uint8)
@@ -136,6 +143,9 @@ def _repack(raw: Tensor, encoding: str) -> dict[str, Tensor]:
         if bool(((raw & 0x7F) == 0x7F).any()):
             raise ValueError("FP8 weights are NaN")
         return {"low": raw}
+    if f.beside:  # byte i has columns 2 i and 2 i + 1
+        codes = torch.stack([raw & 15, raw >> 4], -1).view(n, -1, 2, 16)
+        return {"low": (codes[:, :, 0] | codes[:, :, 1] << 4).flatten(1)}
     b = raw.view(n, -1, f.block_bytes)
     if encoding == "q8_0":
         return {"low": (b[..., 2:] ^ 0x80).flatten(1), "d": _halves(b[..., :2])}
@@ -166,6 +176,14 @@ def _repack(raw: Tensor, encoding: str) -> dict[str, Tensor]:
     codes = low.reshape(n, -1, 2, 16)
     out["low"] = (codes[:, :, 0] | codes[:, :, 1] << 4).flatten(1)
     return out
+
+
+def _two_bytes(scale: Tensor) -> Tensor:
+    """float32 scales in the type of two bytes that they came from, exactly."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(scale, scale.to(dtype).float()):
+            return scale.to(dtype)
+    raise ValueError("scales of int4 groups are neither bfloat16 nor float16, or not all numbers")
 
 
 def _single(bits: Tensor) -> Tensor:

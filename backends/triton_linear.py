@@ -561,14 +561,20 @@ def gated(
 
 
 def keepable(source: WeightSource | None, key: str) -> Part | None:
-    """The one stored tensor that is all of a matrix, as stored, in an encoding that has planes; None if none is."""
+    """The one stored tensor that is all of a matrix, as stored, in an encoding that has planes; None if none is.
+
+    Scales of int4 groups become a plane in the two bytes that they have in nearly all files; float32 ones do not.
+    """
     parts = source.parts(key) if source is not None else ()
     if len(parts) != 1:
         return None
     (part,) = parts
     shape = tuple(w.stop - w.start for w in part.where)
     whole = len(shape) == 2 and part.spec.shape == shape and all(w.step in (None, 1) for w in part.where)
-    return part if whole and part.spec.encoding in FORMATS and not part.transpose else None
+    if not whole or part.spec.encoding not in FORMATS or part.transpose:
+        return None
+    f = FORMATS[part.spec.encoding]
+    return None if f.beside and part.spec.nbytes >= f.nbytes(*shape) + 2 * shape[0] * shape[1] // f.group else part
 
 
 def _encoding(region: Region, leaf: str) -> str | None:

@@ -39,6 +39,7 @@ SHAPES = (  # name, rows, columns, encoding
     ("shared down", 7168, 2048, "q6_k"),
     ("lm_head", 129280, 7168, "q6_k"),
     ("o_proj q8_0", 7168, 16384, "q8_0"),
+    ("o_proj int4", 7168, 16384, "int4_group32"),
     ("o_proj fp8", 7168, 16384, "fp8_block128"),
 )
 TILES = [DotTiles(r, w, u) for r, w, u in product((1, 2), (1, 2, 4), (32, 64, 128))]

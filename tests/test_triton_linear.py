@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_triton_mla import Recorder
 from torch import Tensor, fx
 from torch.nn import functional
@@ -28,7 +29,7 @@ from ktcompile.backends.triton_language import triton
 from ktcompile.backends.triton_linear import VectorTiles
 from ktcompile.backends.triton_mla import Processors
 from ktcompile.ops.base import Binding
-from ktcompile.weights import GGUFSource, decode, values
+from ktcompile.weights import GGUFSource, SafetensorsSource, decode, values
 
 DEVICE = "cuda" if os.environ["TRITON_INTERPRET"] == "0" and torch.cuda.is_available() else "cpu"
 HERE = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
@@ -38,7 +39,14 @@ ALL = pytest.mark.parametrize("encoding", sorted(FORMATS))
 
 def make(encoding: str, rows: int, cols: int, seed: int = 0) -> tuple[Planes, Tensor]:
     """A random matrix in planes, and its values in float32."""
-    w = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    if FORMATS[encoding].beside:
+        raw = torch.randint(-(1 << 31), 1 << 31, (rows, cols // 8), generator=generator).int()
+        scale = torch.rand(rows, cols // FORMATS[encoding].group, generator=generator) / 8
+        scale = scale.to(torch.float16 if encoding == "int4_group64" else torch.bfloat16).float()
+        tensors = planes(raw.to(DEVICE), encoding, scale.to(DEVICE))
+        return Planes(encoding, rows, cols, tensors), decode(raw, encoding, scale).to(DEVICE)
+    w = torch.randn(rows, cols, generator=generator)
     made = native.quantize(w, encoding)
     raw, scale = made if isinstance(made, tuple) else (made, None)
     want = decode_rows(raw, encoding) if encoding in DECODERS else decode(raw, encoding, scale)
@@ -48,7 +56,7 @@ def make(encoding: str, rows: int, cols: int, seed: int = 0) -> tuple[Planes, Te
 
 def odd(encoding: str) -> int:
     """A number of columns that is no multiple of what a kernel takes at a time."""
-    return {256: 768, 32: 352, 1: 200}[FORMATS[encoding].block]
+    return {256: 768, 128: 384, 64: 320, 32: 352, 1: 200}[FORMATS[encoding].block]
 
 
 def close(got: Tensor, want: Tensor, tolerance: float) -> None:
@@ -156,6 +164,12 @@ def test_refusals() -> None:
         planes(torch.zeros(1, 17, dtype=torch.uint8), "q4_0")
     with pytest.raises(ValueError, match="FP8 weights are NaN"):
         planes(torch.full((1, 32), 255, dtype=torch.uint8), "fp8_block128", torch.ones(1, 1))
+    int4 = torch.zeros(2, 8, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"int4_group64 needs \[2, 1\], not None"):
+        planes(int4, "int4_group64")
+    for bad in (0.1, float("nan")):
+        with pytest.raises(ValueError, match="neither bfloat16 nor float16"):
+            planes(int4, "int4_group64", torch.tensor([[1.0], [bad]]))
     with pytest.raises(ValueError, match="no activation 'relu'"):
         kernels.gated(torch.zeros(1, 64), p, p, p, "relu")
 
@@ -166,20 +180,34 @@ GGUF = GGUFSource(str(files("ktcompile.assets") / "tiny-deepseek-v3-Q4_K_M.gguf"
 TARGET = Target((Device(f"{DEVICE}:1" if DEVICE == "cpu" else "cuda:0", "cuda", 1 << 30, 1e12),))
 
 
+def int4_folder(path: Path, group: int, dtype: torch.dtype) -> SafetensorsSource:
+    """An MLP of 128 columns, 256 rows a half, as compressed-tensors packs it."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for name, (rows, cols) in {"gate": (256, 128), "up": (256, 128), "down": (128, 256)}.items():
+        at = f"model.layers.0.mlp.{name}_proj.weight_"
+        packed = torch.randint(-(1 << 31), 1 << 31, (rows, cols // 8), generator=generator).int()
+        tensors[at + "packed"] = packed
+        tensors[at + "scale"] = (torch.rand(rows, cols // group, generator=generator) / 32).to(dtype)
+        tensors[at + "shape"] = torch.tensor([rows, cols])
+    save_file(tensors, path / "model.safetensors")
+    return SafetensorsSource(path)
+
+
 @dataclass(frozen=True)
 class Case:
     region: Region
     parts: Parts
 
 
-def case(keys: dict[str, str], shape: Any = None, quantized: dict[str, str] | None = None) -> Case:
+def case(keys: dict[str, str], shape: Any = None, quantized: dict[str, str] | None = None, source: Any = GGUF) -> Case:
     """A region with these weights, by leaf."""
     graph = fx.Graph()
     nodes = []
     for i, key in enumerate(keys.values()):
-        spec, node = GGUF.spec(key), graph.placeholder(f"w{i}")
+        spec, node = source.spec(key), graph.placeholder(f"w{i}")
         val = torch.empty(spec.shape, dtype=torch.bfloat16, device="meta")
-        node.meta.update(val=val, weight=key, nbytes=spec.nbytes, encoding=spec.encoding, source=GGUF)
+        node.meta.update(val=val, weight=key, nbytes=spec.nbytes, encoding=spec.encoding, source=source)
         nodes.append(node)
     root = torch.nn.Module()
     root.add_module("body", torch.nn.Identity())
@@ -190,7 +218,7 @@ def case(keys: dict[str, str], shape: Any = None, quantized: dict[str, str] | No
     graph.output(call)
     region = Region(next(n for n in fx.GraphModule(root, graph).graph.nodes if n.op == "call_module"))
     region.node.meta.update(call.meta)
-    return Case(region, Parts(GGUF, keys))
+    return Case(region, Parts(source, keys))
 
 
 MLP = {f"{n}_proj.weight": f"model.layers.0.mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
@@ -209,6 +237,29 @@ def test_mlp_region(quantized: dict[str, str]) -> None:
     want = functional.linear(functional.silu(x.float() @ gate.T) * (x.float() @ up.T), down)
     got = kernel(packed, Call("region", "mlp", "silu", None, tuple(MLP)), x)
     close(got, want, 5e-2 if "up_proj.weight" in quantized else 2e-2)
+
+
+@HERE
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_mlp_of_int4_groups(tmp_path: Path, group: int, tokens: int) -> None:
+    """From a folder of compressed-tensors to the product, in the bits of the file."""
+    source = int4_folder(tmp_path, group, torch.bfloat16)
+    made = case(MLP, "silu", source=source)
+    kernel = kernels.TritonMLP()
+    assert kernel.refuses(made.region, TARGET) is None
+    packed = kernel.pack(made.parts, made.region, TARGET)
+    stored = sum(source.spec(key).nbytes - 16 for key in MLP.values())  # each has a shape of 16 bytes beside it
+    assert packed.nbytes == kernel.packed_bytes(made.region) == stored
+    gate, up, down = (values(source, key).to(DEVICE) for key in MLP.values())
+    x = torch.randn(tokens, 128).to(DEVICE, torch.bfloat16)
+    want = functional.linear(functional.silu(x.float() @ gate.T) * (x.float() @ up.T), down)
+    close(kernel(packed, Call("region", "mlp", "silu", None, tuple(MLP)), x), want, 2e-2)
+
+
+def test_int4_groups_with_scales_of_four_bytes_are_decoded(tmp_path: Path) -> None:
+    made = case(MLP, "silu", source=int4_folder(tmp_path, 32, torch.float32))
+    assert kernels.TritonMLP().refuses(made.region, TARGET) == "none of its weights is quantised as a whole"
 
 
 @HERE

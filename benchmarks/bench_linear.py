@@ -1,6 +1,6 @@
 """Time quantised linears on a GPU next to the bandwidth of a device copy; one JSON object a line.
 
-    python benchmarks/bench_linear.py             the shapes of DeepSeek-V3, 1 and 16 tokens
+    python benchmarks/bench_linear.py             the shapes of DeepSeek-V3, 1 to 16 tokens
     python benchmarks/bench_linear.py --sweep     one token, a range of tiles: is `dot_tiles` right?
 
 `us` is of one of several matrices in one CUDA graph, more than the caches hold, making integers of x included (not in
@@ -95,7 +95,7 @@ def main() -> int:
         p = make(rows, cols, encoding)
         several = [p, *(make(rows, cols, encoding) for _ in range(COLD_BYTES // p.nbytes))]
         weights = dequantize(p, torch.float32)
-        for tokens in (1,) if arguments.sweep else (1, 2, 16):
+        for tokens in (1,) if arguments.sweep else (1, 2, 8, 16):
             x = torch.randn(tokens, cols, device="cuda", dtype=torch.bfloat16)
             want = x.float() @ weights.T
             chosen = dot_tiles(rows, cols, count)

@@ -6,22 +6,19 @@ four codes with four bytes and adds; a unit's sum is scaled once. The rounding o
 far below that of bfloat16. In float32 the same loop takes more instructions than the memory leaves time for.
 
 Tokens are computed by programs of their own, side by side so that they share what the caches have of the matrix: a
-token's result is the same to the bit alone and in a batch. Where `gluon_dot` runs, it takes two tokens and more: the
-same integers on tensor cores, so sums of floats in another order. Nothing here waits for the device. Without Triton
-this module still imports.
+token's result is the same to the bit alone and in a batch. Nothing here waits for the device. Without Triton this
+module still imports.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from ktcompile.backends import gluon_dot
-from ktcompile.backends.planes import FORMATS, UNIT, Planes
-from ktcompile.backends.triton_language import constexpr, gl, jit, tensor, tl
+from ktcompile.backends.planes import UNIT, Planes
+from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
 from ktcompile.backends.triton_mla import interpreted
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -305,55 +302,14 @@ def vector(x: Tensor) -> Vector:
     return Vector(x, words)
 
 
-SCALAR_TOKENS = 8
-"""So many tokens, each a pass of its own over the matrix, are sooner done than with weights made floats."""
-
-
-def most_tokens(device: int) -> int:
-    """How many tokens `dot` is for, on the CUDA device of this index."""
-    return gluon_dot.MOST_TOKENS if tensor_cores(device) is None else SCALAR_TOKENS
-
-
-@cache
-def tensor_cores(device: int) -> str | None:
-    """Why `gluon_dot` cannot run on the CUDA device of this index, or None: it is tried, once, which takes seconds."""
-    if gl is None:
-        return "this Triton has no Gluon"
-    if device < 0:
-        return "the interpreter does not know Gluon"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"it is for compute capability 8.0 and more, this is {capability[0]}.{capability[1]}"
-    draw, here = torch.Generator().manual_seed(0), torch.device("cuda", device)
-    x = vector(torch.randn(3, 1280, generator=draw).to(here))
-    for encoding in ("q4_k", "q6_k"):  # both kinds of products
-        made = {}
-        for name, (shape, dtype) in FORMATS[encoding].shapes(24, 1280).items():
-            made[name] = torch.randint(1, 50, shape, generator=draw).to(here, dtype)
-        p = Planes(encoding, 24, 1280, made)
-        want = dot(x, p, tiles=DotTiles(1, 2, 32))
-        try:
-            got = _together(x, p, None)
-        except Exception as failed:  # of a compiler that may be any
-            return f"it does not compile: {str(failed).strip().splitlines()[-1:]}"
-        if float((got - want).norm()) > 1e-4 * float(want.norm()):
-            return f"its result differs: {float((got - want).norm() / want.norm()):.1e}"
-    return None
-
-
 def dot(x: Vector, p: Planes, bias: Tensor | None = None, tiles: DotTiles | None = None, count: int = 132) -> Tensor:
-    """`[tokens, rows]` in the type of x. Not for FP8, which has no integers. `count`: multiprocessors.
-
-    Up to `most_tokens` tokens, else it takes long. `tiles` are of the kernel here, which then runs.
-    """
+    """`[tokens, rows]` in the type of x. Not for FP8, which has no integers. `count`: multiprocessors."""
     f, found = p.format, p.tensors
     low = found["low"]
     if low.numel() >= 1 << 33:  # offsets are int32, in words
         raise ValueError(f"a matrix of {low.numel()} bytes; dot takes less than 8 GiB")
-    tokens = x.words.shape[0]
-    if tiles is None and 1 < tokens <= gluon_dot.MOST_TOKENS and tensor_cores(low.get_device()) is None:
-        return _together(x, p, bias)
     planes = (found.get(name, low) for name in ("low", "high", "scale", "low_scale", "d", "dmin"))
+    tokens = x.words.shape[0]
     out = torch.empty(tokens, p.rows, dtype=x.x.dtype, device=low.device)
     t = tiles or (INTERPRETED if interpreted() else dot_tiles(p.rows, p.cols, count))
     grid = (tokens, -(-p.rows // (t.rows * t.warp_rows)))
@@ -362,24 +318,5 @@ def dot(x: Vector, p: Planes, bias: Tensor | None = None, tiles: DotTiles | None
             x.words, *planes, out if bias is None else bias, out, p.rows, BIAS=bias is not None,
             COLS=p.cols, LOW=f.low, HIGH=f.high, GROUP=f.group, SUPER=f.super, OFFSET=f.offset, MINIMA=f.has_min,
             ROWS=t.rows, WARP_ROWS=t.warp_rows, UNITS=t.units, EMULATE=interpreted(), num_warps=t.warps,
-        )  # fmt: skip
-    return out
-
-
-def _together(x: Vector, p: Planes, bias: Tensor | None) -> Tensor:
-    """`dot` by `gluon_dot`."""
-    f, found, tokens = p.format, p.tensors, x.words.shape[0]
-    low = found["low"]
-    planes = (found.get(name, low) for name in ("low", "high", "scale", "low_scale", "d", "dmin"))
-    out = torch.empty(tokens, p.rows, dtype=x.x.dtype, device=low.device)
-    blocks, steps = -(-p.rows // gluon_dot.ROWS), -(-p.cols // (UNIT * gluon_dot.UNITS))
-    warps = 1
-    while warps < 8 and 2 * warps <= steps and warps * blocks < 2048:  # some 16 warps a multiprocessor
-        warps *= 2
-    with torch.cuda.device(out.get_device()):
-        gluon_dot.products[(blocks,)](
-            x.words, *planes, out if bias is None else bias, out, p.rows, tokens, BIAS=bias is not None,
-            COLS=p.cols, LOW=f.low, HIGH=f.high, GROUP=f.group, SUPER=f.super, OFFSET=f.offset, MINIMA=f.has_min,
-            TOKENS=8 if tokens <= 8 else 16, UNITS=gluon_dot.UNITS, WARPS=warps, num_warps=warps,
         )  # fmt: skip
     return out

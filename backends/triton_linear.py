@@ -21,7 +21,7 @@ from ktcompile.backends import native
 from ktcompile.backends.encoded import _quantized
 from ktcompile.backends.planes import FORMATS, UNIT, Planes, planes
 from ktcompile.backends.reference import plain_cost
-from ktcompile.backends.triton_dot import Vector, dot, most_tokens, vector
+from ktcompile.backends.triton_dot import Vector, dot, vector
 from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
 from ktcompile.backends.triton_mla import _power_of_two, interpreted, processors_of, unavailable
 from ktcompile.symbols import Sizes, nbytes
@@ -394,6 +394,9 @@ def _activate(
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
+DOT_TOKENS = 8
+"""So many tokens go by integers: of V3's o_proj one costs 27 us on an H200, and any number by `_gemm` 210."""
+
 GEMM_TOKENS = 16
 """From 2 to so many tokens weights are decoded in registers: the tensor cores' smallest tile has room for 16, and a
 decoded copy would be written and read again, 7 times the bytes of 4-bit weights. Beyond, a product over a decoded copy
@@ -501,7 +504,7 @@ def _few(x: Tensor, p: Planes, bias: Tensor | None) -> Tensor:
 def shared(x: Tensor) -> Tensor | Vector:
     """`x [..., K]` for several calls of `linear`: what they all would make of it is made once."""
     flat = x.reshape(-1, x.shape[-1])
-    if x.itemsize != 2 or not 0 < flat.shape[0] <= most_tokens(x.get_device()):
+    if not 0 < flat.shape[0] <= DOT_TOKENS or x.itemsize != 2:
         return x
     return vector(flat if flat.stride(1) == 1 else flat.contiguous())
 
@@ -528,7 +531,7 @@ def linear(x: Tensor | Vector, weight: Planes | Tensor, bias: Tensor | None = No
         return x.new_empty(shape)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    if x.itemsize == 2 and not weight.format.float8 and tokens <= most_tokens(x.get_device()):
+    if tokens <= DOT_TOKENS and x.itemsize == 2 and not weight.format.float8:
         count = processors_of(x.get_device()).count
         return dot(words or vector(flat), weight, bias, count=count).view(shape)
     if tokens == 1:

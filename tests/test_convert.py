@@ -206,7 +206,7 @@ def test_gguf_to_safetensors_to_gguf_runs(tmp_path: Path) -> None:
     assert (logits.argmax(-1) == torch.tensor(answer)).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("family", sorted(tiny._CONFIGS))
+@pytest.mark.parametrize("family", sorted(set(tiny._CONFIGS) - {"glm4_moe_lite"}))  # GLM-4.7-Flash: safetensors only
 def test_every_architecture_comes_back_as_it_was(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ktcompile.convert.metadata.tokenizer_metadata", lambda *a: {})  # its tokenizer is too large
     limit = {"swiglu_limit": 7.0} if family == "gpt_oss" else {}  # llama.cpp's, which no key of a file can change

@@ -1,6 +1,7 @@
 """PagedCache: a transformers Cache over pages, ragged or rectangular; latents (MLA) or keys and values (GQA)."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -233,6 +234,7 @@ class PagedCache(Cache):
         self.columns = 0
         self.lengths = [0] * requests
         self.counts = [0] * requests
+        self.assigned: list[tuple[list[int], int]] = []
         main = devices[0]
         # Pages of a request are scattered on purpose: nothing may rely on their order.
         table = torch.arange(requests * self.pages_each, device=main).view(self.pages_each, requests).T.contiguous()
@@ -245,6 +247,32 @@ class PagedCache(Cache):
         pools = [torch.zeros(size, dtype=kept, device=d).expand(shape) for d in devices]
         self.pools = pools
         super().__init__(layers=[_PagedLayer(self, pool, i == count - 1) for i, pool in enumerate(pools)])
+
+    def batch(self, requests: int, context: int) -> "PagedCache":
+        """Rows of `requests` requests over the pools of this cache, of which `assign` says the pages: no new pools.
+
+        A row holds at most `context` tokens. Addresses are this batch's own and stay: a step graph may record them.
+        """
+        made = copy(self)
+        main = self.all_pages.device
+        made.requests, made.context, made.pages_each = requests, context, -(-context // PAGE)
+        made.all_pages = made.page_table = torch.zeros(requests, made.pages_each, dtype=torch.int64, device=main)
+        made.seq_len = torch.zeros(requests, dtype=torch.int64, device=main)
+        made.query_start = torch.zeros(requests + 1, dtype=torch.int64, device=main)
+        made.lengths, made.counts = [0] * requests, [0] * requests
+        made.assigned = [([], 0) for _ in range(requests)]
+        made.layers = [_PagedLayer(made, pool, i + 1 == len(self.pools)) for i, pool in enumerate(self.pools)]
+        return made
+
+    def assign(self, row: int, pages: list[int], length: int) -> None:
+        """Row `row` of a `batch` holds `length` tokens, in these pages. A list may come again longer, not changed."""
+        held, written = self.assigned[row]
+        if held is not pages:
+            written = 0
+        if written < len(pages):
+            self.all_pages[row, written : len(pages)] = torch.tensor(pages[written:])
+        self.assigned[row] = pages, len(pages)
+        self.lengths[row] = length
 
     @property
     def nbytes(self) -> int:

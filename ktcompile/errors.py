@@ -27,3 +27,7 @@ class CapacityError(PassError):
 
 class KernelError(KtransError):
     """A kernel was asked for by name but is not known, not built, or declines the region."""
+
+
+class BusyError(KtransError):
+    """So many requests wait that one more is refused: the same request may succeed later."""

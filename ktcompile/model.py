@@ -340,18 +340,22 @@ class _Forward:
         used = dict.fromkeys(m.kernel for p in phases.values() for m in p.gm.modules() if isinstance(m, Step))
         self._told = [kernel for kernel in used if type(kernel).begin is not Kernel.begin]
 
-    def new_cache(self, requests: int = 1) -> PagedCache:
-        """An empty ragged cache for `requests` requests of up to `context` tokens each. Raises CapacityError."""
-        with out_of_memory(f"a cache for {requests} requests of {self.settings.context} tokens", self._free):
-            made = self._made_cache(requests)
+    def new_cache(self, requests: int = 1, context: int | None = None) -> PagedCache:
+        """An empty ragged cache for `requests` requests of up to `context` tokens each, by default as many as planned.
+
+        Raises CapacityError.
+        """
+        context = context or self.settings.context
+        with out_of_memory(f"a cache for {requests} requests of {context} tokens", self._free):
+            made = self._made_cache(requests, context)
         self._caches.add(made)
         return made
 
-    def _made_cache(self, requests: int) -> PagedCache:
+    def _made_cache(self, requests: int, context: int) -> PagedCache:
         return PagedCache(
             self.config,
             requests=requests,
-            context=self.settings.context,
+            context=context,
             dtype=self.settings.dtype,
             device=self.pool_devices,
             ragged=True,
@@ -597,7 +601,7 @@ def load(
     while loading (lossy): `int4`, `int8`, …, or `GLOB=ENCODING,…`. `vram`: use at most so much of each GPU's memory
     (`24G`); torch's allocator keeps to it in the whole process. `packed_cache`: a folder that keeps packed experts
     for the next start; `user` is the user's cache folder, `model` one beside the model. Besides the usual methods it
-    has `plans` (by phase), `step`, `next_tokens`, `new_cache`, `memory` and `chunk`.
+    has `plans` (by phase), `step`, `next_tokens`, `new_cache`, `memory`, `chunk` and `context`.
     `cache_dtype`: `fp8` keeps latents in 8 bits (lossy). `chunk`: prompt tokens a step; default: what fits best.
     Raises ModelFileError, RulesError, CapacityError.
     """
@@ -643,6 +647,7 @@ def load(
         "graphs": forward.graphs,
         "memory": lambda: forward.memory(store),
         "chunk": settings.chunks[0],
+        "context": settings.context,
     }
     for name, value in extra.items():
         setattr(hollow, name, value)

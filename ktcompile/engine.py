@@ -88,6 +88,7 @@ class Engine:
         self.schedule = Schedule(self.cache.pages_each, max_batch, chunk, mixed_chunk)
         self.context = min(int(model.context), self.cache.pages_each * PAGE)
         self.statistics = Statistics(pages=self.cache.pages_each)
+        self._has_graphs = self.cache.all_pages.device.type == "cuda"
         self._batches: dict[tuple[int, bool], PagedCache] = {}  # by rows, and whether each brings one token
         self._finished: Counter[str] = Counter()
         self._read = self._said = self._steps = 0
@@ -278,7 +279,7 @@ class Engine:
     def _batch(self, rows: list[tuple[Active, int]]) -> tuple[PagedCache, list[tuple[Active, int]]]:
         """Where these rows go, and the rows with copies of the last one, which write the same to the same place."""
         is_decode, count = all(n == 1 for _, n in rows), len(rows)
-        if is_decode and self.cache.all_pages.device.type == "cuda":
+        if is_decode and self._has_graphs:
             wanted = next((n for n in ROWS if n >= count), count)
             if self.model.graphs.get(wanted, "") == "":
                 count = wanted

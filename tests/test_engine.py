@@ -92,6 +92,19 @@ def test_a_step_of_answers_alone_is_a_decode_step() -> None:
     assert {rows for rows, is_decode in engine._batches if is_decode} >= {1, 5}
 
 
+def test_where_steps_are_graphs_there_are_few_sizes() -> None:
+    """Rows that are missing are copies, whose tokens nobody sees."""
+    model = ByteModel(chunk=256)
+    engine = byte_engine(model, cache_tokens=2048, max_batch=20)
+    engine._has_graphs = True
+    requests = [Request(prompt(3 + seed, seed), 2 + seed, GREEDY) for seed in range(14)]
+    handles = [engine.submit(request) for request in requests]
+    settle(engine)
+    assert [h.result()[1] for h in handles] == [alone(r, 256) for r in requests]
+    assert {len(counts) for counts in model.seen if set(counts) == {1}} == {1, 2, 3, 4, 5, 6, 7, 8, 12, 16}
+    assert engine.statistics.said == sum(r.most or 0 for r in requests)
+
+
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 500), max_size=9), st.integers(1, 300))
 def test_shares(remaining: list[int], budget: int) -> None:

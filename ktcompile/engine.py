@@ -34,8 +34,8 @@ NO_DISTRIBUTION = "the model's logits are no distribution: they hold NaN or +inf
 class Statistics:
     """The engine after its last step. Pages are `free`, `used`, or `idle`: written and kept for a prompt like it.
 
-    `read`: tokens of prompts that went through the model, some more than once if `preempted`; `reused`: those found in
-    pages; `said`: tokens of answers. `model_s` of `step_s` seconds are the model's. `finished`: requests by reason.
+    `read`: tokens that went through the model, some more than once if `preempted`; `reused`: those found in pages
+    instead; `said`: tokens of answers. `model_s` of `step_s` seconds are the model's. `finished`: requests by reason.
     """
 
     running: int = 0

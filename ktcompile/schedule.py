@@ -141,7 +141,7 @@ class Schedule:
         for a in list(self.waiting):
             if len(self.active) >= self.max_batch or (passed and passed[0].passed >= PATIENCE):
                 return
-            if not self._has_room(a):
+            if not self._has_room(a, is_first=not passed):
                 passed.append(a)
                 continue
             for other in passed:
@@ -151,12 +151,15 @@ class Schedule:
             self._adopt(a)
             a.times = a.times or [time.perf_counter()]
 
-    def _has_room(self, a: Active) -> bool:
-        """Whether its tokens fit beside what others' need, and one page more for each of these."""
+    def _has_room(self, a: Active, is_first: bool) -> bool:
+        """Whether its tokens fit beside what others' need, and one page more for each of these.
+
+        Pages that it would share with these are looked for only for the `is_first`: many may wait, with long prompts.
+        """
         if not self.active:
             return True
         left = self.pages.available - sum(b.lacking for b in self.active) - len(self.active)
-        return a.lacking <= left or a.lacking - self.pages.in_use(a.tokens) <= left
+        return a.lacking <= left or (is_first and a.lacking - self.pages.in_use(a.tokens) <= left)
 
     def _adopt(self, a: Active) -> None:
         """Skip what is in pages already."""

@@ -223,3 +223,28 @@ def test_pages_in_use() -> None:
         step(cache, counts, 0)
         assert cache.page_table.shape == (2, pages)
     assert len(set(cache.all_pages.flatten().tolist())) == 20
+
+
+def test_a_batch_over_the_pools_of_a_cache() -> None:
+    """Two batches whose rows are the same requests: what one stored the other reads, by the pages that it is told."""
+    pool = PagedCache(tiny.config("deepseek_v3"), requests=1, context=96, ragged=True)
+    two, one = pool.batch(2, 64), pool.batch(1, 64)
+    assert two.context == 64 and two.nbytes == pool.nbytes and two.all_pages.shape == (2, 4)
+    tables = [[5, 2], [0]]
+    for row, table in enumerate(tables):
+        two.assign(row, table, 0)
+    first, *_ = step(two, [20, 9], 0)
+    one.assign(0, tables[1], 9)
+    second, keys, values = step(one, [3], 1)
+    assert torch.equal(stored(one, 0, keys, values), torch.cat([first[1], second[0]]))
+    tables[1].append(3)  # it grows in place
+    for row, (table, length) in enumerate(zip(tables, (20, 12), strict=True)):
+        two.assign(row, table, length)
+    third, keys, values = step(two, [2, 10], 2)
+    assert torch.equal(stored(two, 0, keys, values), torch.cat([first[0], third[0]]))
+    assert torch.equal(stored(two, 1, keys, values), torch.cat([first[1], second[0], third[1]]))
+    two.assign(0, [2], 4)  # another request in this row: the end of the first one's page 2
+    _, keys, values = step(two, [0, 1], 3)
+    assert torch.equal(stored(two, 0, keys, values), torch.cat([first[0], third[0]])[16:20])
+    with pytest.raises(CapacityError, match="request 1 has 23 tokens and brings 42; the cache holds 64"):
+        two.begin([0, 42])

@@ -68,6 +68,27 @@ def test_the_same_logits_as_region_by_region(model: Any, requests: int) -> None:
     graph.close()
 
 
+def test_rows_of_a_batch(model: Any) -> None:
+    """Requests that share the pools of one cache, in pages told row by row, some of which change their row."""
+    own, pool = model.new_cache(2), model.new_cache(1, 96)
+    batch = pool.batch(2, 64)
+    graph = graph_of(model, batch)
+    tables = [[4], [1]]
+    for i, lengths in enumerate(([0, 0], [1, 1], [2, 2])):
+        ids = [9 + i, 20 + i]
+        want = step(model, own, ids)
+        if i == 2:
+            ids, want, tables = ids[::-1], want.flip(0), tables[::-1]
+        for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
+            batch.assign(row, table, length)
+        batch.check([1, 1])
+        got = graph([*ids, *lengths, 0, 1, *batch.rows()])[0].clone()
+        assert (got - want).norm() <= 1e-5 * want.norm()
+    assert all(p is q for p, q in zip(batch.pools, pool.pools, strict=True))
+    assert {int(n) for n in pool.pools[0].flatten(1).any(1).nonzero()} == {1, 4}
+    graph.close()
+
+
 def test_a_rotation_by_complex_numbers(tmp_path: Path) -> None:
     """DeepSeek-V2-Lite has a graph like others: what its kernel reads of complex numbers are views."""
     lite = load(opened("deepseek_v2_lite", tmp_path), target=gpu(1 << 30), dtype="fp32", context=64)

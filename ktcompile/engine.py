@@ -80,6 +80,9 @@ class Engine:
         chunk: int | None = None,
         mixed_chunk: int | None = None,
     ) -> None:
+        for name, value, least in (("cache_tokens", cache_tokens, PAGE), ("max_queue", max_queue, 1)):
+            if value is not None and value < least:
+                raise KtransError(f"{name} {value}: {least} or more")
         chunk = chunk_of(model) if chunk is None else chunk
         mixed_chunk = min(chunk, MIXED_CHUNK) if mixed_chunk is None else mixed_chunk
         self.model, self.tokenizer = model, tokenizer.backend_tokenizer
@@ -235,7 +238,7 @@ class Engine:
             found = self._chosen(rows)
         except Exception as error:
             if len(rows) == 1:
-                self._fail(rows[0][0], _told(error))
+                self._fail(rows[0][0], _told(error), isinstance(error, CapacityError))
                 return
             found = [_Chosen(-1, 0.0)] * len(rows)
         again = []
@@ -312,20 +315,20 @@ class Engine:
         elif len(a.tokens) - len(a.request.prompt) >= a.most:
             self._finish(a, "length")
 
-    def _fail(self, a: Active, message: str) -> None:
+    def _fail(self, a: Active, message: str, is_full: bool = False) -> None:
         """Finish it, and zero what it wrote: attention of some kernels multiplies what it must not see by 0."""
         own = a.table.pages[a.table.kept :]
         for pool in self.cache.pools if own else ():
             pool[torch.tensor(own, device=pool.device)] = 0
-        self._finish(a, "error", message)
+        self._finish(a, "error", message, is_full)
 
     # -------------------------------------------------------------------------------------- ends
 
-    def _finish(self, a: Active, reason: Reason, message: str = "") -> None:
+    def _finish(self, a: Active, reason: Reason, message: str = "", is_full: bool = False) -> None:
         self.schedule.remove(a)
         self._finished[reason] += 1
         text = a.text.stops.rest()
-        event = Finished(reason, a.usage(), text, message, a.text.stops.found)
+        event = Finished(reason, a.usage(), text, message, a.text.stops.found, is_full)
         a.handle.finished = event
         with suppress(Exception):  # whoever listens has no say in this loop
             a.handle.tell(event)

@@ -73,11 +73,9 @@ class Pages:
     def adopt(self, table: Table, tokens: Sequence[int]) -> int:
         """Add the pages of the tree that begin like `tokens`, all but the last of these at most; how many pages.
 
-        Only where all pages of the table are in the tree.
+        All pages of the table must be in the tree.
         """
         before = table.kept
-        if len(table.pages) > before:
-            return 0
         for node in self._path(table.node, tokens, before):
             self._use(node)
             table.pages.append(node.page)

@@ -79,13 +79,17 @@ class Usage:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event. `text`: what was held back. `message`: of an error. `matched`: the stop string, if it was one."""
+    """The last event. `text`: what was held back. `message`: of an error; `is_full`: it was the memory of a GPU.
+
+    `matched`: the stop string, if it was one.
+    """
 
     reason: Reason
     usage: Usage
     text: str = ""
     message: str = ""
     matched: str | None = None
+    is_full: bool = False
 
 
 Event = Piece | Finished

@@ -117,6 +117,7 @@ def check(engine: Engine) -> None:
         assert len(a.table.pages) * PAGE < len(a.tokens) + PAGE, "nothing is reserved"
         assert a.table.kept == a.stored // PAGE
     assert not any(a.table.pages for a in schedule.waiting)
+    assert [a.order for a in schedule.waiting] == sorted(a.order for a in schedule.waiting)
     assert len(schedule.active) <= schedule.max_batch
     shown = engine.statistics
     assert (shown.running, shown.waiting) == (len(schedule.active), len(schedule.waiting))
@@ -127,7 +128,7 @@ def settle(engine: Engine) -> None:
     while engine.step():
         check(engine)
     check(engine)
-    assert engine.schedule.pages.used == engine.statistics.used == 0
+    assert engine.schedule.pages.used == engine.statistics.used == engine._open == engine._queued == 0
     engine.clear_prefixes()
     assert len(engine.schedule.pages.free) == engine.schedule.pages.total
     assert engine.statistics.idle == 0

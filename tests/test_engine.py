@@ -20,6 +20,7 @@ from ktcompile.penalties import Penalties
 from ktcompile.request import Finished, Handle, Piece, Request
 from ktcompile.sampling import Sampling
 from ktcompile.schedule import PATIENCE, shares
+from ktcompile.symbols import PAGE
 
 GREEDY = Sampling(0.0, seed=0)
 
@@ -74,6 +75,7 @@ def test_as_alone(options: dict[str, int]) -> None:
         _, tokens, end = handle.result()
         assert tokens == alone(request, context)
         assert (end.reason, end.message) == ("length", "")
+        assert end.usage.cached_tokens == 0, "what it read itself before is not what it found"
         assert end.usage.prompt_tokens == len(request.prompt) and end.usage.completion_tokens == len(tokens)
     shown = engine.statistics
     assert shown.said == sum(len(alone(r, context)) for r in MIXED) and dict(shown.finished) == {"length": 8}
@@ -283,6 +285,27 @@ def test_answers_go_on_beside_a_prompt() -> None:
     assert all(h.finished is not None and h.finished.reason == "length" for h in answers)
 
 
+def test_chunks_end_where_pages_do() -> None:
+    """So that another request can go on from there."""
+    model = ByteModel()
+    engine = byte_engine(model, chunk=40)
+    engine.submit(Request(prompt(100), 1, GREEDY))
+    settle(engine)
+    assert model.seen == [[32], [32], [36]]
+
+
+def test_a_prompt_leaves_a_page_for_each_answer() -> None:
+    """Else one of them would soon have to go."""
+    engine = byte_engine(ByteModel(context=160), cache_tokens=160)
+    engine.submit(Request(prompt(30, 1), 10, GREEDY))
+    engine.step()
+    engine.submit(Request(prompt(128, 2), 1, GREEDY))  # eight pages are left
+    engine.step()
+    assert (engine.statistics.running, engine.statistics.waiting) == (1, 1)
+    settle(engine)
+    assert engine.statistics.preempted == 0
+
+
 def test_one_that_finds_no_pages_is_passed_and_not_forgotten() -> None:
     engine = byte_engine(ByteModel(context=192), cache_tokens=192, max_batch=2)
     engine.submit(Request(prompt(30, 1), 100, GREEDY))
@@ -339,9 +362,10 @@ def test_what_no_model_could_answer(values: dict[str, Any], why: str) -> None:
 
 
 def test_sizes_that_are_refused() -> None:
-    for name in ("chunk", "mixed_chunk", "max_batch"):
-        with pytest.raises(KtransError, match=f"{name} 0: 1 or more"):
-            byte_engine(**{name: 0})
+    least = {"chunk": 1, "mixed_chunk": 1, "max_batch": 1, "max_queue": 1, "cache_tokens": PAGE}
+    for name, size in least.items():
+        with pytest.raises(KtransError, match=f"{name} {size - 1}: {size} or more"):
+            byte_engine(**{name: size - 1})
 
 
 # ------------------------------------------------------------------------------------------------ ends
@@ -412,7 +436,6 @@ def test_cancel(when: str) -> None:
     assert engine.statistics.used < used or when == "queued"
     handle.cancel()
     settle(engine)
-    assert engine._queued == engine._open == 0
 
 
 def test_errors_are_of_one_request() -> None:
@@ -446,7 +469,8 @@ def test_out_of_memory_is_of_one_request() -> None:
     long = engine.submit(Request(prompt(60, 7), 5, GREEDY))
     settle(engine)
     assert all(h.result()[1] == alone(h.request, 256) for h in short)
-    assert long.result()[2].message == "cuda:0 is out of memory"
+    end = long.result()[2]
+    assert (end.reason, end.message, end.is_full) == ("error", "cuda:0 is out of memory", True)
 
 
 def test_the_loop_survives_itself(monkeypatch: pytest.MonkeyPatch) -> None:

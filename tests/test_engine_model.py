@@ -1,11 +1,14 @@
 """The engine over the embedded model, on the CPU: what is said is what `Session` and `generate` say."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from byte_model import check
+from byte_model import Tokens, check
 from heldout import DATA
+from test_families import HOST
+from test_families import opened as opened_family
 
 from ktcompile.checkpoint import Checkpoint, open_checkpoint
 from ktcompile.engine import Engine
@@ -145,3 +148,22 @@ def test_multi_byte_stops(model: Any, opened: Checkpoint, requests: list[Request
     for stop in (text[3:9], text[-4:], text[10:11]):
         cut = Request(**{**vars(requests[1]), "stop_strings": (stop,)})
         assert answered(Engine(model, opened.tokenizer), [cut]) == [text[: text.index(stop)]]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral_window", "gpt_oss"])
+def test_keys_and_values(family: str, tmp_path: Path) -> None:
+    """Other rows in the pages, windows over them, and a prefix that two share."""
+    model: Any = load(opened_family(family, tmp_path), target=HOST, dtype="fp32", context=128)
+    ids = torch.randint(3, 100, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [ids[:5], ids[5:40], ids[:50], ids[:60], ids[20:21]]
+    wanted = [
+        model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, eos_token_id=None)[0, len(p) :].tolist()
+        for p in prompts
+    ]
+    engine = Engine(model, Tokens(), chunk=24, cache_tokens=176)
+    for _ in range(2):
+        handles = [engine.submit(Request(tuple(p), 12, GREEDY)) for p in prompts]
+        while engine.step():
+            check(engine)
+        assert [h.result()[1] for h in handles] == wanted
+    assert engine.statistics.reused > 100

@@ -3,10 +3,11 @@
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module, metadata
 from pathlib import Path
@@ -184,14 +185,24 @@ def _load(
     vram: str | None = None,
     cache_dtype: str | None = None,
     chunk: int | None = None,
+    told: Callable[[str, int, int], None] | None = None,
 ) -> Any:
-    """The compiled model; what is done, how long it took since `start` and what is lossy goes to stderr."""
+    """The compiled model; what is done, how long it took since `start` and what is lossy goes to stderr.
+
+    `told` hears of the progress too: a region, bytes done, bytes in all.
+    """
     import torch
 
     from ktcompile.model import load, torch_threads
 
     err.print(f"[dim]capturing {checkpoint.name}[/dim]", soft_wrap=True)
     with _progress("packing") as (bar, task):
+
+        def progress(region: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description=region)
+            if told is not None:
+                told(region, done, total)
+
         compiled: Any = load(
             checkpoint,
             rules=rules,
@@ -205,7 +216,7 @@ def _load(
             target=target,
             vram=vram,
             packed_cache=packed_cache,
-            progress=lambda region, done, total: bar.update(task, completed=done, total=total, description=region),
+            progress=progress,
         )
     if kept := compiled.store.cache:
         for note in (f"{kept.loaded} regions read from {kept.folder}, {kept.saved} written", *kept.notes):
@@ -315,6 +326,114 @@ def _line(text: str) -> str:
     if not text:
         raise EOFError
     return text
+
+
+# ------------------------------------------------------------------------------------------------ serve
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    gguf: Gguf = None,
+    host: Annotated[str, typer.Option(help="Address. Others than this machine's own need a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="What clients must bring.", envvar="KTRANS_API_KEY", show_envvar=True)
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="The same, the first line of a file.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens an answer, where a request says none. Default: what fits.")
+    ] = None,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Requests answered at once.")] = 8,
+    cache_lens: Annotated[
+        int | None, typer.Option(min=16, help="Tokens of all requests together. Default: --context.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are told to come later.")] = 256,
+    force_think: Annotated[bool, typer.Option("--force-think", help="Start answers inside <think>.")] = False,
+    experts: Experts = None,
+    ranking: Ranking = None,
+    quantize: Quantize = None,
+    rules: Rules = None,
+    dtype: Dtype = None,
+    context: ContextSize = None,
+    cache_dtype: CacheDtype = None,
+    chunk_size: ChunkSize = None,
+    vram: Vram = None,
+    packed_cache: PackedCache = None,
+    cpu_threads: Threads = None,
+    print_vscode: Annotated[bool, typer.Option("--print-vscode", help="Print VS Code's settings, and end.")] = False,
+    print_continue: Annotated[bool, typer.Option("--print-continue", help="The same for Continue.")] = False,
+    print_zed: Annotated[bool, typer.Option("--print-zed", help="The same for Zed.")] = False,
+    print_aider: Annotated[bool, typer.Option("--print-aider", help="The same for aider.")] = False,
+) -> None:
+    """Serve a model: OpenAI's API for editors, and a page to chat on."""
+    from ktcompile.errors import RulesError
+    from ktcompile.generate import Sampling, stop_tokens
+    from ktcompile.model import settings_for
+    from ktcompile.server import LOOPBACK, State
+    from ktcompile.server import serve as run
+    from ktcompile.server.editors import EDITORS, Served
+
+    start = time.perf_counter()
+    key = _key(api_key, api_key_file)
+    local = host in LOOPBACK
+    if not local and key is None:
+        raise RulesError(f"--host {host}: whoever reaches this address could use the model; give --api-key")
+    target = _machine(None, None, cpu_threads, vram)
+    checkpoint = _open(model, gguf)
+    name = re.sub(r"[^a-z0-9._-]+", "-", checkpoint.name.lower()).strip("-")
+    base = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"
+    asked = {"vscode": print_vscode, "continue": print_continue, "zed": print_zed, "aider": print_aider}
+    if any(asked.values()):
+        tokens = settings_for(checkpoint, rules=rules, target=target, dtype=dtype, context=context).context
+        for editor in (e for e, wanted in asked.items() if wanted):
+            sys.stdout.write(EDITORS[editor](Served(base, name, tokens, key is not None)) + "\n")
+        return
+    defaults = checkpoint.generation
+    sampling = Sampling(
+        _first(getattr(defaults, "temperature", None), 0.6), _first(getattr(defaults, "top_p", None), 0.95)
+    )
+    given = (experts, ranking, quantize, rules, dtype, context, packed_cache, vram, cache_dtype, chunk_size)
+
+    def load(state: State) -> None:
+        from ktcompile.engine import Engine
+
+        compiled = _load(checkpoint, target, start, *given, told=lambda *now: setattr(state, "progress", now))
+        engine = Engine(
+            compiled,
+            checkpoint.tokenizer,
+            cache_tokens=cache_lens,
+            max_batch=max_batch_size,
+            max_queue=max_queue,
+        )
+        engine.start()
+        state.tokenizer, state.model = checkpoint.tokenizer, compiled
+        state.stop_tokens = stop_tokens(checkpoint.tokenizer, defaults)
+        state.page = compiled.plans["decode"].text()
+        state.engine = engine
+
+    def ready() -> None:
+        err.print(f"serving {name} at {base}/, OpenAI's API at {base}/v1; Ctrl-C ends", soft_wrap=True)
+
+    state = State(name, sampling, max_new_tokens, force_think)
+    run(state, load, host=host, port=port, key=key, hosts=LOOPBACK if local else None, ready=ready)
+    if state.failed is not None:
+        raise RulesError(state.failed)
+
+
+def _key(given: str | None, file: Path | None) -> str | None:
+    from ktcompile.errors import RulesError
+
+    if given is not None and file is not None:
+        raise RulesError("--api-key and --api-key-file: give one of them")
+    if file is not None:
+        try:
+            given = file.read_text().split("\n")[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RulesError(f"--api-key-file {str(file)!r}: {getattr(error, 'strerror', None) or error}") from error
+    if given is not None and not given.strip():
+        raise RulesError("the API key is empty")
+    return given
 
 
 # ------------------------------------------------------------------------------------------------ bench

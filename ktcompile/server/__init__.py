@@ -1,0 +1,145 @@
+"""An HTTP server over one model: OpenAI's API, what llama.cpp's clients ask, and a page to chat on.
+
+`create_app` makes the application of a `State`, `serve` runs it and loads the model meanwhile. The engine runs on a
+thread of its own: a request can fail, it cannot take the engine along.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from ktcompile.server import llama, openai
+from ktcompile.server.errors import ApiError
+from ktcompile.server.guard import LOOPBACK, Guard
+from ktcompile.server.state import State
+from ktcompile.version import __version__
+
+DRAIN_SECONDS = 30
+"""So long answers may go on after SIGTERM; a second one ends them at once."""
+
+
+def create_app(state: State, *, key: str | None = None, hosts: tuple[str, ...] | None = LOOPBACK) -> Guard:
+    """The application. `key`: what every request but those for health must bring. `hosts`: see `Guard`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        state.draining = True
+        if state.engine is not None:
+            state.engine.stop()
+
+    app = FastAPI(
+        title="ktrans", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
+    app.state.served = state
+    app.include_router(llama.router)
+    app.include_router(openai.router)
+    _pages(app, state)
+
+    @app.exception_handler(ApiError)
+    async def told(_: Request, error: ApiError) -> Response:
+        return JSONResponse(error.json(), error.status, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+        return JSONResponse(ApiError(400, f"{where}: {first['msg']}", param=where, code="invalid_value").json(), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse(ApiError(error.status_code, what).json(), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return JSONResponse(ApiError(500, f"{type(error).__name__}: {error}", code="internal_error").json(), 500)
+
+    return Guard(app, key=key, hosts=hosts)
+
+
+def _pages(app: FastAPI, state: State) -> None:
+    """The page to chat on, and what its second tab shows."""
+    html = (files("ktcompile.server") / "page.html").read_text()
+    seen: deque[tuple[float, int]] = deque(maxlen=64)
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        policy = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+        return HTMLResponse(html, headers={"content-security-policy": policy})
+
+    @app.get("/placement")
+    async def placement() -> PlainTextResponse:
+        state.ready()
+        return PlainTextResponse(state.page)
+
+    @app.get("/stats")
+    async def stats() -> dict[str, Any]:
+        now = state.ready().statistics
+        at = time.monotonic()
+        seen.append((at, now.said))
+        then, said = next(((t, s) for t, s in seen if at - t <= 5), seen[-1])
+        return {
+            "running": now.running,
+            "waiting": now.waiting,
+            "pages": now.pages,
+            "pages_used": now.used,
+            "prompt_tokens": now.read + now.reused,
+            "cached_tokens": now.reused,
+            "generation_tokens": now.said,
+            "steps": now.steps,
+            "tokens_per_second": (now.said - said) / (at - then) if at > then else 0.0,
+            "seconds": {"in steps": now.step_s, "of these the model": now.model_s},
+        }
+
+
+def serve(
+    state: State,
+    load: Callable[[State], None],
+    *,
+    host: str,
+    port: int,
+    key: str | None,
+    hosts: tuple[str, ...] | None,
+    ready: Callable[[], None],
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. `load` fills the state, on a thread of its own; `ready` is called after it."""
+
+    def loading() -> None:
+        try:
+            load(state)
+        except Exception as error:  # told to whoever asks, and on the terminal
+            state.failed = f"{error}" or type(error).__name__
+            server.should_exit = True
+            return
+        ready()
+
+    app = create_app(state, key=key, hosts=hosts)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        limit_concurrency=2048,
+    )
+    server = uvicorn.Server(config)
+    threading.Thread(target=loading, name="load", daemon=True).start()
+    server.run()
+
+
+__all__ = ["DRAIN_SECONDS", "LOOPBACK", "State", "create_app", "serve"]

@@ -73,7 +73,7 @@ async def props(request: Request) -> dict[str, Any]:
     params = {"temperature": d.temperature, "top_p": d.top_p, "top_k": d.top_k, "min_p": d.min_p}
     return {
         "default_generation_settings": {"n_ctx": state.context, "params": params},
-        "total_slots": state.engine.max_batch,
+        "total_slots": state.engine.schedule.max_batch,
         "model_path": state.name,
         "model_alias": state.name,
         "chat_template": state.tokenizer.chat_template or "",

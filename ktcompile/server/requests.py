@@ -109,14 +109,14 @@ class Generation(Body):
             raise refused("n", count, f"1 to {MAX_CHOICES}")
         return count
 
-    def most(self, room: int, default: int | None) -> int:
-        """Most new tokens: what is asked for, at most what there is room for. -1 is no limit."""
+    def most(self, default: int | None) -> int | None:
+        """Most new tokens; None: as many as fit. -1 is no limit, and more than fit are as many as fit."""
         asked = default if self.max_tokens is None else self.max_tokens
         if asked is None or asked == -1:
-            return room
-        if asked < 0:
-            raise refused("max_tokens", asked, "0 and more, or -1 for no limit")
-        return min(asked, room)
+            return None
+        if asked < 1:
+            raise refused("max_tokens", asked, "1 and more, or -1 for no limit")
+        return asked
 
     def penalties(self) -> tuple[float, float, float]:
         """Presence, frequency, repetition."""

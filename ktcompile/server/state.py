@@ -22,6 +22,7 @@ class State:
     engine: Any = None
     model: Any = None
     tokenizer: Any = None
+    stop_tokens: frozenset[int] = frozenset()
     page: str = ""
     draining: bool = False
 
@@ -46,7 +47,7 @@ class State:
     @property
     def context(self) -> int:
         """Tokens of a request, answer included."""
-        return int(self.model.context)
+        return int(self.engine.context)
 
 
 __all__ = ["State"]

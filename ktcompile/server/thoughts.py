@@ -16,6 +16,11 @@ class Thoughts:
         self._held = ""
         self._trim = inside
 
+    @property
+    def inside(self) -> bool:
+        """Whether what comes now is thought."""
+        return self._state == "thought"
+
     def push(self, text: str) -> list[tuple[bool, str]]:
         """What is certain after this text."""
         self._held += text

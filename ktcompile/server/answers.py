@@ -1,0 +1,144 @@
+"""Answers on their way from the engine's thread to a client."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request as HttpRequest
+
+from ktcompile.engine import Engine
+from ktcompile.errors import BusyError, CapacityError, KtransError
+from ktcompile.request import Event, Finished, Handle, Request, Usage
+from ktcompile.server.errors import ApiError
+
+PING_SECONDS = 10.0
+"""So long a stream says nothing before a comment says that it lives."""
+
+POLL_SECONDS = 0.25
+"""So often who waits for a whole answer is looked after."""
+
+
+class Answers:
+    """The events of several requests as they come, `(index, event)`; ends when all are finished."""
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        """Submit all, or none. Raises ApiError."""
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.open = len(requests)
+        self.handles: list[Handle] = []
+        try:
+            for i, request in enumerate(requests):
+                self.handles.append(engine.submit(request, lambda event, i=i: self._tell(i, event)))  # type: ignore[misc]
+        except BusyError as error:
+            self.cancel()
+            raise ApiError(429, str(error), code="queue_full", headers={"retry-after": "5"}) from error
+        except CapacityError as error:
+            self.cancel()
+            raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from error
+        except KtransError as error:
+            self.cancel()
+            raise ApiError(400, str(error), code="invalid_request") from error
+
+    def _tell(self, index: int, event: Event) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+    def cancel(self) -> None:
+        """End what is not finished."""
+        for handle in self.handles:
+            handle.cancel()
+
+    async def next(self, seconds: float) -> tuple[int, Event] | None:
+        """The next event; None if none came in that time. Call it while some are `open`."""
+        try:
+            index, event = await asyncio.wait_for(self._queue.get(), seconds)
+        except TimeoutError:
+            return None
+        self.open -= isinstance(event, Finished)
+        return index, event
+
+    async def all(self, http: HttpRequest) -> list[list[Event]]:
+        """Every event of each request. Raises ApiError where one failed, and ends all where the client is gone."""
+        found: list[list[Event]] = [[] for _ in self.handles]
+        try:
+            while self.open:
+                came = await self.next(POLL_SECONDS)
+                if came is not None:
+                    found[came[0]].append(came[1])
+                elif await http.is_disconnected():
+                    raise ApiError(499, "the client is gone")
+        finally:
+            self.cancel()
+        for events in found:
+            failed(events[-1])
+        return found
+
+
+def failed(event: Event) -> None:
+    """Raise ApiError for an event that tells of an error."""
+    if isinstance(event, Finished) and event.reason == "error":
+        raise ApiError(503, event.message, code="engine_error")
+    if isinstance(event, Finished) and event.reason == "cancelled":
+        raise ApiError(503, event.message or "the answer was cancelled", code="cancelled")
+
+
+async def streamed(answers: Answers, shape: Any) -> AsyncIterator[str]:
+    """Server-sent events: what `shape` makes of each event, pings, then `[DONE]`; an error ends the stream.
+
+    `shape` has `begin()`, `piece(index, event)` and `end()`, each of which gives JSON objects.
+    """
+    try:
+        for item in shape.begin():
+            yield said(item)
+        while answers.open:
+            came = await answers.next(PING_SECONDS)
+            if came is None:
+                yield ": keep-alive\n\n"
+                continue
+            failed(came[1])
+            for item in shape.piece(*came):
+                yield said(item)
+        for item in shape.end():
+            yield said(item)
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        yield said(error.json())
+    finally:
+        answers.cancel()
+
+
+def said(item: dict[str, Any]) -> str:
+    """One event of a stream."""
+    return f"data: {json.dumps(item, ensure_ascii=False)}\n\n"
+
+
+def usage_of(usages: Sequence[Usage], reasoning: int = 0) -> dict[str, Any]:
+    """OpenAI's `usage` of several answers to one prompt."""
+    prompt, said_tokens = usages[0].prompt_tokens, sum(u.completion_tokens for u in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": said_tokens,
+        "total_tokens": prompt + said_tokens,
+        "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
+    }
+
+
+def timings_of(usage: Usage) -> dict[str, float]:
+    """llama.cpp's `timings` of one answer."""
+    new = usage.prompt_tokens - usage.cached_tokens
+    prompt_s, predicted_s = usage.prompt_ms / 1e3, usage.predicted_ms / 1e3
+    return {
+        "cache_n": usage.cached_tokens,
+        "prompt_n": new,
+        "prompt_ms": usage.prompt_ms,
+        "prompt_per_second": new / prompt_s if prompt_s else 0.0,
+        "predicted_n": usage.completion_tokens,
+        "predicted_ms": usage.predicted_ms,
+        "predicted_per_second": usage.completion_tokens / predicted_s if predicted_s else 0.0,
+    }
+
+
+__all__ = ["PING_SECONDS", "Answers", "failed", "said", "streamed", "timings_of", "usage_of"]

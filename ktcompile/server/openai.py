@@ -1,0 +1,269 @@
+"""OpenAI's API: chat and completions, whole or streamed."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from ktcompile.generate import encode_chat
+from ktcompile.penalties import Penalties
+from ktcompile.request import Event, Finished, Piece, Request, Usage
+from ktcompile.server.answers import Answers, streamed, timings_of, usage_of
+from ktcompile.server.errors import ApiError
+from ktcompile.server.llama import state_of
+from ktcompile.server.requests import ChatRequest, CompletionRequest, Generation
+from ktcompile.server.state import State
+from ktcompile.server.thoughts import Thoughts
+
+router = APIRouter()
+
+FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+"""DeepSeek's marks: before what stands in front, for the hole, after what stands behind."""
+
+REASONS = {"stop": "stop", "length": "length"}
+
+
+@router.post("/v1/chat/completions")
+@router.post("/chat/completions")
+async def chat(http: HttpRequest, given: ChatRequest) -> Response:
+    """Answer a conversation."""
+    state = state_of(http)
+    engine = state.ready()
+    state.check_model(given.model)
+    if given.max_completion_tokens is not None:
+        given.max_tokens = given.max_completion_tokens
+    top = given.alternatives()
+    ids = await asyncio.to_thread(encode_chat, state.tokenizer, given.plain(), "<think>\n" if state.think else "")
+    answers = Answers(engine, requests_of(state, given, ids, top or 0))
+    shape = Chat(state, given, top is not None)
+    return await answered(http, answers, shape, bool(given.stream))
+
+
+@router.post("/v1/completions")
+@router.post("/completions")
+async def completions(http: HttpRequest, given: CompletionRequest) -> Response:
+    """Continue a text, or, with a suffix, fill what is missing before it."""
+    state = state_of(http)
+    engine = state.ready()
+    state.check_model(given.model)
+    ids = await asyncio.to_thread(prompt_ids, state, given)
+    answers = Answers(engine, requests_of(state, given, ids, 0))
+    return await answered(http, answers, Completion(state, given, ids), bool(given.stream))
+
+
+async def answered(http: HttpRequest, answers: Answers, shape: "Shape", stream: bool) -> Response:
+    """The events of the answers in their shape, as they come or all at once."""
+    if stream:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return StreamingResponse(streamed(answers, shape), media_type="text/event-stream", headers=headers)
+    return JSONResponse(shape.whole(await answers.all(http)))
+
+
+def requests_of(state: State, given: Generation, ids: list[int], top: int) -> list[Request]:
+    """One request of the engine for each answer. A seed gives each answer one of its own."""
+    sampling = given.sampling(state.default)
+    presence, frequency, repetition = given.penalties()
+    request = Request(
+        tuple(ids),
+        given.most(state.max_new_tokens),
+        sampling,
+        Penalties(
+            presence=presence, frequency=frequency, repetition=repetition, bias=given.biases(len(state.tokenizer))
+        ),
+        state.stop_tokens,
+        given.stops(),
+        top,
+    )
+    seeds = [None if sampling.seed is None else sampling.seed + i for i in range(given.choices())]
+    return [replace(request, sampling=replace(sampling, seed=seed)) for seed in seeds]
+
+
+def prompt_ids(state: State, given: CompletionRequest) -> list[int]:
+    """Token ids of a completion's prompt. ApiError for several prompts, and for a suffix that the model cannot take."""
+    prompt = given.prompt
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+        if len(prompt) > 1:
+            raise ApiError(400, f"{len(prompt)} prompts; one is taken a request", param="prompt", code="invalid_value")
+        prompt = prompt[0]
+    if isinstance(prompt, list):
+        return [int(token) for token in prompt]
+    start = [] if state.tokenizer.bos_token_id is None else [int(state.tokenizer.bos_token_id)]
+    if given.suffix:
+        return start + fill_in(state, prompt, given.suffix)
+    return [*start, *map(int, state.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])]
+
+
+def fill_in(state: State, before: str, after: str) -> list[int]:
+    """What asks the model for the text between the two. ApiError where it has no marks for that."""
+    known = state.tokenizer.get_vocab()
+    if any(mark not in known for mark in FIM):
+        raise ApiError(400, f"{state.name} has no tokens to fill in the middle with", param="suffix", code="no_fim")
+    begin, hole, end = (known[mark] for mark in FIM)
+
+    def plain(text: str) -> list[int]:
+        ids = state.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
+        return [int(i) for i in ids]
+
+    return [begin, *plain(before), hole, *plain(after), end]
+
+
+# ------------------------------------------------------------------------------------------------ shapes
+
+
+class Shape:
+    """Events as OpenAI's objects: of a stream (`begin`, `piece`, `end`), or of a whole answer (`whole`)."""
+
+    stream_object = whole_object = ""
+    prefix = ""
+
+    def __init__(self, state: State, given: Generation) -> None:
+        self.state, self.given = state, given
+        self.usages: dict[int, Usage] = {}
+        self.head = {"id": f"{self.prefix}-{uuid4().hex}", "created": int(time.time()), "model": state.name}
+
+    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """An event of a stream."""
+        return {**self.head, "object": self.stream_object, "choices": choices, **more}
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """Before the first event."""
+        return iter(())
+
+    def piece(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
+        """One event."""
+        raise NotImplementedError
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        """After the last event: usage and timings, for who asked."""
+        if self.given.stream_options is not None and self.given.stream_options.include_usage:
+            yield self.chunk([], **self.counted())
+
+    def counted(self) -> dict[str, Any]:
+        """Usage of all answers, timings of the first."""
+        usages = [self.usages[i] for i in sorted(self.usages)]
+        return {"usage": usage_of(usages, self.reasoning()), "timings": timings_of(usages[0])}
+
+    def reasoning(self) -> int:
+        """Tokens of thoughts."""
+        return 0
+
+    def choice(self, index: int, events: list[Event]) -> dict[str, Any]:
+        """A whole answer."""
+        raise NotImplementedError
+
+    def whole(self, found: list[list[Event]]) -> dict[str, Any]:
+        """All answers."""
+        choices = [self.choice(i, events) for i, events in enumerate(found)]
+        return {**self.head, "object": self.whole_object, "choices": choices, **self.counted()}
+
+
+class Chat(Shape):
+    """`chat.completion`: thoughts apart from what is said."""
+
+    stream_object, whole_object, prefix = "chat.completion.chunk", "chat.completion", "chatcmpl"
+
+    def __init__(self, state: State, given: ChatRequest, logprobs: bool) -> None:
+        super().__init__(state, given)
+        self.thoughts = [Thoughts(state.think) for _ in range(given.choices())]
+        self.logprobs = logprobs
+        self.thinking = 0
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """Who speaks."""
+        for i in range(len(self.thoughts)):
+            yield self._delta(i, {"role": "assistant", "content": ""})
+
+    def piece(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
+        """Its text, if it has any, or its logarithm; the last one says why it ends."""
+        logprobs = self._logprobs([event]) if self.logprobs and isinstance(event, Piece) else None
+        for thought, text in self._parts(index, event):
+            yield self._delta(index, {"reasoning_content" if thought else "content": text}, logprobs=logprobs)
+            logprobs = None
+        if logprobs is not None:
+            yield self._delta(index, {"content": ""}, logprobs=logprobs)
+        if isinstance(event, Finished):
+            self.usages[index] = event.usage
+            yield self._delta(index, {}, REASONS[event.reason])
+
+    def choice(self, index: int, events: list[Event]) -> dict[str, Any]:
+        """A message."""
+        parts = [part for event in events for part in self._parts(index, event)]
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(t for thought, t in parts if not thought)}
+        if thoughts := "".join(t for thought, t in parts if thought):
+            message["reasoning_content"] = thoughts
+        end = events[-1]
+        assert isinstance(end, Finished)
+        self.usages[index] = end.usage
+        found: dict[str, Any] = {"index": index, "message": message, "finish_reason": REASONS[end.reason]}
+        found["logprobs"] = self._logprobs(events) if self.logprobs else None
+        return found
+
+    def reasoning(self) -> int:
+        """Tokens whose text was a thought."""
+        return self.thinking
+
+    def _parts(self, index: int, event: Event) -> list[tuple[bool, str]]:
+        parts = self.thoughts[index].push(event.text) if event.text else []
+        if isinstance(event, Finished):
+            return parts + self.thoughts[index].finish()
+        self.thinking += self.thoughts[index].inside
+        return parts
+
+    def _delta(
+        self, index: int, delta: dict[str, str], reason: str | None = None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return self.chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
+
+    def _logprobs(self, events: list[Event]) -> dict[str, Any]:
+        return {"content": [self._logprob(e) for e in events if isinstance(e, Piece)]}
+
+    def _logprob(self, piece: Piece) -> dict[str, Any]:
+        def told(token: int, logprob: float) -> dict[str, Any]:
+            text = self.state.tokenizer.decode([token])
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        return told(piece.token, piece.logprob) | {"top_logprobs": [told(t, p) for t, p in piece.top]}
+
+
+class Completion(Shape):
+    """`text_completion`."""
+
+    stream_object = whole_object = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, state: State, given: CompletionRequest, ids: list[int]) -> None:
+        super().__init__(state, given)
+        self.echo = state.tokenizer.decode(ids, skip_special_tokens=True) if given.echo else ""
+        self.count = given.choices()
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """The prompt again, for who wants it."""
+        for i in range(self.count if self.echo else 0):
+            yield self.chunk([self._text(i, self.echo, None)])
+
+    def piece(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
+        """Its text; the last one says why it ends."""
+        end = event if isinstance(event, Finished) else None
+        if end is not None:
+            self.usages[index] = end.usage
+        if event.text or end is not None:
+            yield self.chunk([self._text(index, event.text, None if end is None else REASONS[end.reason])])
+
+    def choice(self, index: int, events: list[Event]) -> dict[str, Any]:
+        """A text."""
+        end = events[-1]
+        assert isinstance(end, Finished)
+        self.usages[index] = end.usage
+        return self._text(index, self.echo + "".join(e.text for e in events), REASONS[end.reason])
+
+    def _text(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+
+__all__ = ["FIM", "REASONS", "Chat", "Completion", "Shape", "fill_in", "prompt_ids", "requests_of", "router"]

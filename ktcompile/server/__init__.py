@@ -75,7 +75,8 @@ def _pages(app: FastAPI, state: State) -> None:
 
     @app.get("/")
     async def page() -> HTMLResponse:
-        policy = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+        policy = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+        policy += "frame-ancestors 'none'"
         return HTMLResponse(html, headers={"content-security-policy": policy})
 
     @app.get("/placement")

@@ -178,6 +178,11 @@ def test_what_it_says_about_itself(served: Served) -> None:
     assert "L0.attn" in served.http.get("/placement").text
     page = served.http.get("/")
     assert "<title>ktrans" in page.text and "default-src 'self'" in page.headers["content-security-policy"]
+    metrics = served.http.get("/metrics").text
+    names = "num_requests_running", "kv_cache_usage_perc", "generation_tokens_total", "time_to_first_token_seconds_sum"
+    for name in names:
+        assert f"ktrans:{name}" in metrics
+    assert 'ktrans:request_success_total{finished_reason="stop"}' in metrics
     stats = served.http.get("/stats").json()
     assert stats["pages"] == 64 and stats["generation_tokens"] > 0
 

@@ -16,11 +16,13 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from ktcompile.server import llama, openai
 from ktcompile.server.errors import ApiError
 from ktcompile.server.guard import LOOPBACK, Guard
+from ktcompile.server.metrics import Metrics
 from ktcompile.server.state import State
 from ktcompile.version import __version__
 
@@ -42,9 +44,14 @@ def create_app(state: State, *, key: str | None = None, hosts: tuple[str, ...] |
         title="ktrans", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
     app.state.served = state
+    app.state.metrics = metrics = Metrics(state)
     app.include_router(llama.router)
     app.include_router(openai.router)
     _pages(app, state)
+
+    @app.get("/metrics")
+    async def scraped() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(ApiError)
     async def told(_: Request, error: ApiError) -> Response:

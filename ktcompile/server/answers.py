@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -22,8 +22,11 @@ POLL_SECONDS = 0.25
 class Answers:
     """The events of several requests as they come, `(index, event)`; ends when all are finished."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        """Submit all, or none. Raises ApiError."""
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request], ended: Callable[[Finished], None] = lambda _: None
+    ) -> None:
+        """Submit all, or none. `ended` hears of each that finishes. Raises ApiError."""
+        self._ended = ended
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.open = len(requests)
@@ -42,6 +45,8 @@ class Answers:
             raise ApiError(400, str(error), code="invalid_request") from error
 
     def _tell(self, index: int, event: Event) -> None:
+        if isinstance(event, Finished):
+            self._ended(event)
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 

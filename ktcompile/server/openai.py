@@ -40,7 +40,7 @@ async def chat(http: HttpRequest, given: ChatRequest) -> Response:
         given.max_tokens = given.max_completion_tokens
     top = given.alternatives()
     ids = await asyncio.to_thread(encode_chat, state.tokenizer, given.plain(), "<think>\n" if state.think else "")
-    answers = Answers(engine, requests_of(state, given, ids, top or 0))
+    answers = Answers(engine, requests_of(state, given, ids, top or 0), http.app.state.metrics.finished)
     shape = Chat(state, given, top is not None)
     return await answered(http, answers, shape, bool(given.stream))
 
@@ -53,7 +53,7 @@ async def completions(http: HttpRequest, given: CompletionRequest) -> Response:
     engine = state.ready()
     state.check_model(given.model)
     ids = await asyncio.to_thread(prompt_ids, state, given)
-    answers = Answers(engine, requests_of(state, given, ids, 0))
+    answers = Answers(engine, requests_of(state, given, ids, 0), http.app.state.metrics.finished)
     return await answered(http, answers, Completion(state, given, ids), bool(given.stream))
 
 

@@ -163,6 +163,20 @@ def test_a_long_prefix_is_read_once(served: Served) -> None:
     assert (usage.prompt_tokens_details.cached_tokens or 0) > usage.prompt_tokens / 2
 
 
+def test_infill(served: Served) -> None:
+    body = {"input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n", "temperature": 0, "n_predict": 8}
+    whole = served.post("/infill", body).json()
+    assert whole["stop"] and whole["tokens_predicted"] <= 8 and whole["stop_type"] in ("limit", "eos")
+    stream = served.http.post("/infill", json=body | {"stream": True}).text
+    parts = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: ")]
+    assert "".join(p["content"] for p in parts) == whole["content"] and [p["stop"] for p in parts].count(True) == 1
+    extra = [{"filename": "a.py", "text": "x = 1\n" * 2000}]
+    long = served.post("/infill", body | {"input_extra": extra, "input_prefix": "y = 2\n" * 3000, "prompt": "z ="})
+    assert long.status_code == 200 and long.json()["tokens_evaluated"] < 1024
+    soon = {"n_predict": 500, "t_max_predict_ms": 1, "input_prefix": "Tell me a story.\n", "input_suffix": ""}
+    assert served.post("/infill", body | soon).json()["tokens_predicted"] < 500
+
+
 # ------------------------------------------------------------------------------------------------ around it
 
 

@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from ktcompile.server import llama, openai
+from ktcompile.server import infill, llama, openai
 from ktcompile.server.errors import ApiError
 from ktcompile.server.guard import LOOPBACK, Guard
 from ktcompile.server.metrics import Metrics
@@ -47,6 +47,7 @@ def create_app(state: State, *, key: str | None = None, hosts: tuple[str, ...] |
     app.state.metrics = metrics = Metrics(state)
     app.include_router(llama.router)
     app.include_router(openai.router)
+    app.include_router(infill.router)
     _pages(app, state)
 
     @app.get("/metrics")

@@ -48,7 +48,7 @@ ORDER = (
     "report",
     "timeline",
     "engine",
-    "serve",
+    "server",
     "cli",
 )
 """A file imports only files before it. `__init__.py` is the facade, for passes, backends and users."""

@@ -19,6 +19,7 @@ from ktcompile.checkpoint import open_checkpoint
 from ktcompile.cli import app as cli
 from ktcompile.engine import Engine
 from ktcompile.generate import Sampling, stop_tokens
+from ktcompile.request import Finished, Handle, Request, Usage
 from ktcompile.server import State, create_app, serve
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -208,6 +209,7 @@ def test_what_it_says_about_itself(served: Served) -> None:
         ({"messages": [{"role": "wizard", "content": "a"}]}, "invalid_value"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
          "unsupported_content"),
+        ({"response_format": {"type": "json_object"}}, "unsupported_format"),
         ({"temperature": -1}, "invalid_value"),
         ({"temperature": "5"}, "invalid_value"),
         ({"max_tokens": 0}, "invalid_value"),
@@ -286,10 +288,28 @@ def test_a_full_queue(served: Served) -> None:
     assert len({a.json()["choices"][0]["message"]["content"] for a in answers if a.status_code == 200}) == 1
 
 
+def test_banned_tokens_are_not_said(served: Served) -> None:
+    first = served.post("/tokenize", {"content": "The capital of France is Paris."}).json()["tokens"]
+    banned = {"messages": QUESTION, "temperature": 0, "logit_bias": {str(t): -100 for t in first}, "max_tokens": 20}
+    text = served.post("/v1/chat/completions", banned).json()["choices"][0]["message"]["content"]
+    assert "Paris" not in text and "The" not in text
+
+
 def test_an_error_of_one_request_ends_it_alone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = {str(i): -100 for i in range(1000)}
-    answer = served.post("/v1/chat/completions", {"messages": QUESTION, "logit_bias": everything, "temperature": 0})
-    assert answer.status_code == 200
+    told = "the model's logits are no distribution"
+    usage = Usage(3)
+    real = served.state.engine.submit
+
+    def submit(request: Request, tell: Any) -> Any:
+        tell(Finished("error", usage, message=told))
+        return Handle(request, lambda: None, tell)
+
+    monkeypatch.setattr(served.state.engine, "submit", submit)
+    whole = served.post("/v1/chat/completions", {"messages": QUESTION})
+    assert whole.status_code == 503 and whole.json()["error"]["message"] == told
+    stream = served.post("/v1/chat/completions", {"messages": QUESTION, "stream": True}).text.strip().split("\n\n")
+    assert json.loads(stream[-1][6:])["error"]["code"] == "engine_error"  # and no [DONE]
+    monkeypatch.setattr(served.state.engine, "submit", real)
     assert served.post("/v1/chat/completions", {"messages": QUESTION}).status_code == 200
 
 

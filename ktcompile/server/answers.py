@@ -84,7 +84,7 @@ class Answers:
 def failed(event: Event) -> None:
     """Raise ApiError for an event that tells of an error."""
     if isinstance(event, Finished) and event.reason == "error":
-        raise ApiError(503, event.message, code="engine_error")
+        raise ApiError(503, event.message, code="out_of_memory" if event.is_full else "engine_error")
     if isinstance(event, Finished) and event.reason == "cancelled":
         raise ApiError(503, event.message or "the answer was cancelled", code="cancelled")
 

@@ -1,7 +1,7 @@
 """What clients send: the fields that are used, with their limits. Unknown ones are accepted and left alone."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
 
@@ -144,18 +144,30 @@ class Generation(Body):
         return found
 
 
+class ResponseFormat(Body):
+    """What form an answer has to have."""
+
+    type: StrictStr = "text"
+
+
 class ChatRequest(Generation):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`. `tools` are not looked at: an answer is text."""
 
     messages: list[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: StrictInt | None = None
-    reasoning_effort: StrictStr | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
     def plain(self) -> list[dict[str, str]]:
-        """The conversation as a template takes it."""
+        """The conversation as a template takes it. ApiError where the answer has to have a form."""
+        if self.response_format is not None and self.response_format.type != "text":
+            raise ApiError(
+                400,
+                f"response_format {self.response_format.type!r}: this server promises no form; leave it out, or 'text'",
+                param="response_format",
+                code="unsupported_format",
+            )
         return [turn.plain(i) for i, turn in enumerate(self.messages)]
 
     def alternatives(self) -> int | None:

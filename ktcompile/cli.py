@@ -370,7 +370,7 @@ def serve(
     from ktcompile.errors import RulesError
     from ktcompile.generate import Sampling, stop_tokens
     from ktcompile.model import settings_for
-    from ktcompile.server import LOOPBACK, State
+    from ktcompile.server import LOOPBACK, State, listen
     from ktcompile.server import serve as run
     from ktcompile.server.editors import EDITORS, Served
 
@@ -379,12 +379,14 @@ def serve(
     local = host in LOOPBACK
     if not local and key is None:
         raise RulesError(f"--host {host}: whoever reaches this address could use the model; give --api-key")
+    asked = {"vscode": print_vscode, "continue": print_continue, "zed": print_zed, "aider": print_aider}
+    listener = None if any(asked.values()) else listen(host, port)
     target = _machine(None, None, cpu_threads, vram)
     checkpoint = _open(model, gguf)
     name = re.sub(r"[^a-z0-9._-]+", "-", checkpoint.name.lower()).strip("-")
-    base = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"
-    asked = {"vscode": print_vscode, "continue": print_continue, "zed": print_zed, "aider": print_aider}
-    if any(asked.values()):
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    base = f"http://{shown}:{port if listener is None else listener.getsockname()[1]}"
+    if listener is None:
         tokens = settings_for(checkpoint, rules=rules, target=target, dtype=dtype, context=context).context
         for editor in (e for e, wanted in asked.items() if wanted):
             sys.stdout.write(EDITORS[editor](Served(base, name, tokens, key is not None)) + "\n")
@@ -416,7 +418,7 @@ def serve(
         err.print(f"serving {name} at {base}/, OpenAI's API at {base}/v1; Ctrl-C ends", soft_wrap=True)
 
     state = State(name, sampling, max_new_tokens, force_think)
-    run(state, load, host=host, port=port, key=key, hosts=LOOPBACK if local else None, ready=ready)
+    run(state, load, listener=listener, key=key, hosts=LOOPBACK if local else None, ready=ready)
     if state.failed is not None:
         raise RulesError(state.failed)
 

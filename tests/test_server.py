@@ -1,7 +1,6 @@
 """The server over the embedded model, asked by OpenAI's own client and by hand."""
 
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,17 +19,11 @@ from ktcompile.cli import app as cli
 from ktcompile.engine import Engine
 from ktcompile.generate import Sampling, stop_tokens
 from ktcompile.request import Finished, Handle, Request, Usage
-from ktcompile.server import State, create_app, serve
+from ktcompile.server import State, create_app, listen, serve
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 STORY = [{"role": "user", "content": "Tell me a story about a dog named Max."}]
 KEY = "secret-key"
-
-
-def port_of_none() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 class Served:
@@ -51,9 +44,10 @@ class Served:
             state.stop_tokens = stop_tokens(checkpoint.tokenizer, checkpoint.generation)
             state.engine = engine
 
-        self.port = port_of_none()
+        listener = listen("127.0.0.1", 0)
+        self.port = listener.getsockname()[1]
         self.base = f"http://127.0.0.1:{self.port}"
-        given = {"host": "127.0.0.1", "port": self.port, "key": KEY, "hosts": ("127.0.0.1",), "ready": self.loaded.set}
+        given = {"listener": listener, "key": KEY, "hosts": ("127.0.0.1",), "ready": self.loaded.set}
         threading.Thread(target=serve, args=(self.state, loading), kwargs=given, daemon=True).start()
         self.http = httpx.Client(base_url=self.base, headers={"authorization": f"Bearer {KEY}"}, timeout=120)
         self.client = OpenAI(base_url=f"{self.base}/v1", api_key=KEY, max_retries=0, timeout=120)
@@ -338,6 +332,9 @@ def test_the_command_prints_settings_and_refuses(tmp_path: Path) -> None:
     assert "http://127.0.0.1:9000/v1" in run.invoke(cli, ["serve", "--print-aider", "--port", "9000"]).stdout
     opened = run.invoke(cli, ["serve", "--host", "0.0.0.0"])
     assert "give --api-key" in str(opened.exception)
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"--port {port}: another program has it" in str(run.invoke(cli, ["serve", "--port", port]).exception)
     empty = tmp_path / "key"
     empty.write_text("\n")
     assert "empty" in str(run.invoke(cli, ["serve", "--api-key-file", str(empty)]).exception)

@@ -4,6 +4,8 @@
 thread of its own: a request can fail, it cannot take the engine along.
 """
 
+import errno
+import socket
 import threading
 import time
 from collections import deque
@@ -19,6 +21,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from ktcompile.errors import RulesError
 from ktcompile.server import infill, llama, openai
 from ktcompile.server.errors import ApiError
 from ktcompile.server.guard import LOOPBACK, Guard
@@ -28,6 +31,15 @@ from ktcompile.version import __version__
 
 DRAIN_SECONDS = 30
 """So long answers may go on after SIGTERM; a second one ends them at once."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 is any that is free. RulesError where another program has the port."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        what = "another program has it; give another one" if error.errno == errno.EADDRINUSE else error.strerror
+        raise RulesError(f"--host {host} --port {port}: {what}") from error
 
 
 def create_app(state: State, *, key: str | None = None, hosts: tuple[str, ...] | None = LOOPBACK) -> Guard:
@@ -116,13 +128,12 @@ def serve(
     state: State,
     load: Callable[[State], None],
     *,
-    host: str,
-    port: int,
+    listener: socket.socket,
     key: str | None,
     hosts: tuple[str, ...] | None,
     ready: Callable[[], None],
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C. `load` fills the state, on a thread of its own; `ready` is called after it."""
+    """Serve at `listener` until SIGTERM or Ctrl-C. `load` fills the state, on a thread of its own, before `ready`."""
 
     def loading() -> None:
         try:
@@ -136,8 +147,6 @@ def serve(
     app = create_app(state, key=key, hosts=hosts)
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_level="warning",
         access_log=False,
         lifespan="on",
@@ -148,7 +157,7 @@ def serve(
     )
     server = uvicorn.Server(config)
     threading.Thread(target=loading, name="load", daemon=True).start()
-    server.run()
+    server.run(sockets=[listener])
 
 
-__all__ = ["DRAIN_SECONDS", "LOOPBACK", "State", "create_app", "serve"]
+__all__ = ["DRAIN_SECONDS", "LOOPBACK", "State", "create_app", "listen", "serve"]

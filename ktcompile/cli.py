@@ -154,13 +154,7 @@ def chat(
     target = _machine(None, None, cpu_threads)
     checkpoint = _open(model, gguf)
     defaults = checkpoint.generation
-    sampling = Sampling(
-        _first(temperature, getattr(defaults, "temperature", None), 0.6),
-        _first(top_p, getattr(defaults, "top_p", None), 0.95),
-        top_k,
-        min_p,
-        seed,
-    )
+    sampling = Sampling(*_temperature_and_top_p(defaults, temperature, top_p), top_k, min_p, seed)
     given = (experts, ranking, quantize, rules, dtype, context, packed_cache, vram, cache_dtype, chunk_size)
     compiled = _load(checkpoint, target, start, *given)
     session = Session(compiled, checkpoint.tokenizer, sampling, stop_tokens(checkpoint.tokenizer, defaults))
@@ -228,8 +222,15 @@ def _load(
     return compiled
 
 
-def _first(*values: Any) -> Any:
-    return next(v for v in values if v is not None)
+def _temperature_and_top_p(
+    defaults: Any, temperature: float | None = None, top_p: float | None = None
+) -> tuple[float, float]:
+    """What is given, else what the model's own defaults say, else 0.6 and 0.95."""
+
+    def first(given: float | None, name: str, otherwise: float) -> float:
+        return next(v for v in (given, getattr(defaults, name, None), otherwise) if v is not None)
+
+    return first(temperature, "temperature", 0.6), first(top_p, "top_p", 0.95)
 
 
 def _one_prompt(prompt: str | None, file: Path | None) -> str | None:
@@ -392,9 +393,7 @@ def serve(
             sys.stdout.write(EDITORS[editor](Served(base, name, tokens, key is not None)) + "\n")
         return
     defaults = checkpoint.generation
-    sampling = Sampling(
-        _first(getattr(defaults, "temperature", None), 0.6), _first(getattr(defaults, "top_p", None), 0.95)
-    )
+    sampling = Sampling(*_temperature_and_top_p(defaults))
     given = (experts, ranking, quantize, rules, dtype, context, packed_cache, vram, cache_dtype, chunk_size)
 
     def load(state: State) -> None:
@@ -409,7 +408,7 @@ def serve(
             max_queue=max_queue,
         )
         engine.start()
-        state.tokenizer, state.model = checkpoint.tokenizer, compiled
+        state.tokenizer = checkpoint.tokenizer
         state.stop_tokens = stop_tokens(checkpoint.tokenizer, defaults)
         state.page = compiled.plans["decode"].text()
         state.engine = engine

@@ -40,7 +40,7 @@ class Served:
             model: Any = load(checkpoint, context=1024)
             engine = Engine(model, checkpoint.tokenizer, max_batch=8, max_queue=4)
             engine.start()
-            state.tokenizer, state.model, state.page = checkpoint.tokenizer, model, model.plans["decode"].text()
+            state.tokenizer, state.page = checkpoint.tokenizer, model.plans["decode"].text()
             state.stop_tokens = stop_tokens(checkpoint.tokenizer, checkpoint.generation)
             state.engine = engine
 

@@ -14,7 +14,7 @@ from ktcompile.request import Event, Finished
 from ktcompile.server.answers import POLL_SECONDS, Answers, failed, said, timings_of
 from ktcompile.server.errors import ApiError
 from ktcompile.server.llama import state_of
-from ktcompile.server.openai import fill_in, requests_of
+from ktcompile.server.openai import answers_to, fill_in, plain_ids
 from ktcompile.server.requests import Body, Generation
 from ktcompile.server.state import State
 
@@ -44,16 +44,16 @@ class InfillRequest(Generation):
 
 @router.post("/infill")
 async def infill(http: HttpRequest, given: InfillRequest) -> Response:
-    """The text of the hole. Pieces of other files stand before the prefix, the last ones longest, as far as they fit.
+    """The text of the hole. Pieces of other files stand before the prefix, if all of it fits.
 
     `t_max_predict_ms`: so long after the first token the answer ends with the next line.
     """
     state = state_of(http)
-    engine = state.ready()
+    state.ready()
     if given.n_predict is not None:
         given.max_tokens = given.n_predict
     ids = await asyncio.to_thread(prompt_of, state, given)
-    answers = Answers(engine, requests_of(state, given, ids, 0), http.app.state.metrics.finished)
+    answers = answers_to(http, given, ids)
     if given.stream:
         return StreamingResponse(_streamed(state, given, answers), media_type="text/event-stream")
     text, end = "", None
@@ -65,20 +65,18 @@ async def infill(http: HttpRequest, given: InfillRequest) -> Response:
 
 
 def prompt_of(state: State, given: InfillRequest) -> list[int]:
-    """Token ids. What has no room falls away: first other files, then the beginning of the prefix, then of the rest."""
-    start = [] if state.tokenizer.bos_token_id is None else [int(state.tokenizer.bos_token_id)]
-    room = state.context - len(start) - 64  # for the marks and a short answer
-    before, after = given.input_prefix + given.prompt, given.input_suffix
+    """Token ids. What has no room falls away: first other files, then the beginning of what stands before the hole and
+    the end of what stands behind, half of the room each."""
+    room = max(2, state.context - len(fill_in(state, [], [])) - 64)  # that many for a short answer
+    prefix = given.input_prefix + given.prompt
     extra = "".join(f"# {e.filename}\n{e.text.rstrip()}\n\n" for e in given.input_extra)
-    ids = fill_in(state, extra + before, after)
-    if len(ids) > room:
-        ids = fill_in(state, before, after)
-    most = max(1, room // 2) * 2  # characters that surely fit, half of them on each side: a token has one at least
-    if len(ids) > room:
-        ids = fill_in(state, before[-most:], after[:most])
-    if len(ids) > room:
-        ids = fill_in(state, before[-most // 2 :], after[: most // 2])
-    return [*start, *ids]
+    before, after = plain_ids(state, extra + prefix), plain_ids(state, given.input_suffix)
+    if len(before) + len(after) > room and extra:
+        before = plain_ids(state, prefix)
+    if len(before) + len(after) > room:
+        after = after[: max(room // 2, room - len(before))]
+        before = before[max(0, len(before) + len(after) - room) :]
+    return fill_in(state, before, after)
 
 
 async def events(answers: Answers, most_ms: int | None, http: HttpRequest | None = None) -> AsyncIterator[Event]:

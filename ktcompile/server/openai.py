@@ -34,13 +34,13 @@ REASONS = {"stop": "stop", "length": "length"}
 async def chat(http: HttpRequest, given: ChatRequest) -> Response:
     """Answer a conversation."""
     state = state_of(http)
-    engine = state.ready()
+    state.ready()
     state.check_model(given.model)
     if given.max_completion_tokens is not None:
         given.max_tokens = given.max_completion_tokens
     top = given.alternatives()
     ids = await asyncio.to_thread(encode_chat, state.tokenizer, given.plain(), "<think>\n" if state.think else "")
-    answers = Answers(engine, requests_of(state, given, ids, top or 0), http.app.state.metrics.finished)
+    answers = answers_to(http, given, ids, top or 0)
     shape = Chat(state, given, top is not None)
     return await answered(http, answers, shape, bool(given.stream))
 
@@ -50,10 +50,10 @@ async def chat(http: HttpRequest, given: ChatRequest) -> Response:
 async def completions(http: HttpRequest, given: CompletionRequest) -> Response:
     """Continue a text, or, with a suffix, fill what is missing before it."""
     state = state_of(http)
-    engine = state.ready()
+    state.ready()
     state.check_model(given.model)
     ids = await asyncio.to_thread(prompt_ids, state, given)
-    answers = Answers(engine, requests_of(state, given, ids, 0), http.app.state.metrics.finished)
+    answers = answers_to(http, given, ids)
     return await answered(http, answers, Completion(state, given, ids), bool(given.stream))
 
 
@@ -63,6 +63,12 @@ async def answered(http: HttpRequest, answers: Answers, shape: "Shape", stream: 
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(streamed(answers, shape), media_type="text/event-stream", headers=headers)
     return JSONResponse(shape.whole(await answers.all(http)))
+
+
+def answers_to(http: HttpRequest, given: Generation, ids: list[int], top: int = 0) -> Answers:
+    """What the engine answers to a prompt, counted by the metrics. ApiError where it does not take it."""
+    state = state_of(http)
+    return Answers(state.ready(), requests_of(state, given, ids, top), http.app.state.metrics.finished)
 
 
 def requests_of(state: State, given: Generation, ids: list[int], top: int) -> list[Request]:
@@ -93,24 +99,24 @@ def prompt_ids(state: State, given: CompletionRequest) -> list[int]:
         prompt = prompt[0]
     if isinstance(prompt, list):
         return [int(token) for token in prompt]
-    start = [] if state.tokenizer.bos_token_id is None else [int(state.tokenizer.bos_token_id)]
     if given.suffix:
-        return start + fill_in(state, prompt, given.suffix)
-    return [*start, *map(int, state.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])]
+        return fill_in(state, plain_ids(state, prompt), plain_ids(state, given.suffix))
+    return [*state.bos, *map(int, state.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])]
 
 
-def fill_in(state: State, before: str, after: str) -> list[int]:
-    """What asks the model for the text between the two. ApiError where it has no marks for that."""
+def plain_ids(state: State, text: str) -> list[int]:
+    """Token ids of a text in which special tokens are text too."""
+    ids = state.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
+    return [int(i) for i in ids]
+
+
+def fill_in(state: State, before: list[int], after: list[int]) -> list[int]:
+    """What asks the model for the tokens between the two. ApiError where it has no marks for that."""
     known = state.tokenizer.get_vocab()
     if any(mark not in known for mark in FIM):
         raise ApiError(400, f"{state.name} has no tokens to fill in the middle with", param="suffix", code="no_fim")
     begin, hole, end = (known[mark] for mark in FIM)
-
-    def plain(text: str) -> list[int]:
-        ids = state.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
-        return [int(i) for i in ids]
-
-    return [begin, *plain(before), hole, *plain(after), end]
+    return [*state.bos, begin, *before, hole, *after, end]
 
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -153,13 +159,18 @@ class Shape:
         """Tokens of thoughts."""
         return 0
 
-    def choice(self, index: int, events: list[Event]) -> dict[str, Any]:
-        """A whole answer."""
+    def choice(self, index: int, events: list[Event], reason: str) -> dict[str, Any]:
+        """A whole answer, and why it ended."""
         raise NotImplementedError
 
     def whole(self, found: list[list[Event]]) -> dict[str, Any]:
         """All answers."""
-        choices = [self.choice(i, events) for i, events in enumerate(found)]
+        choices = []
+        for i, events in enumerate(found):
+            end = events[-1]
+            assert isinstance(end, Finished)
+            self.usages[i] = end.usage
+            choices.append(self.choice(i, events, REASONS[end.reason]))
         return {**self.head, "object": self.whole_object, "choices": choices, **self.counted()}
 
 
@@ -191,16 +202,13 @@ class Chat(Shape):
             self.usages[index] = event.usage
             yield self._delta(index, {}, REASONS[event.reason])
 
-    def choice(self, index: int, events: list[Event]) -> dict[str, Any]:
+    def choice(self, index: int, events: list[Event], reason: str) -> dict[str, Any]:
         """A message."""
         parts = [part for event in events for part in self._parts(index, event)]
         message: dict[str, Any] = {"role": "assistant", "content": "".join(t for thought, t in parts if not thought)}
         if thoughts := "".join(t for thought, t in parts if thought):
             message["reasoning_content"] = thoughts
-        end = events[-1]
-        assert isinstance(end, Finished)
-        self.usages[index] = end.usage
-        found: dict[str, Any] = {"index": index, "message": message, "finish_reason": REASONS[end.reason]}
+        found: dict[str, Any] = {"index": index, "message": message, "finish_reason": reason}
         found["logprobs"] = self._logprobs(events) if self.logprobs else None
         return found
 
@@ -255,15 +263,24 @@ class Completion(Shape):
         if event.text or end is not None:
             yield self.chunk([self._text(index, event.text, None if end is None else REASONS[end.reason])])
 
-    def choice(self, index: int, events: list[Event]) -> dict[str, Any]:
+    def choice(self, index: int, events: list[Event], reason: str) -> dict[str, Any]:
         """A text."""
-        end = events[-1]
-        assert isinstance(end, Finished)
-        self.usages[index] = end.usage
-        return self._text(index, self.echo + "".join(e.text for e in events), REASONS[end.reason])
+        return self._text(index, self.echo + "".join(e.text for e in events), reason)
 
     def _text(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
 
 
-__all__ = ["FIM", "REASONS", "Chat", "Completion", "Shape", "fill_in", "prompt_ids", "requests_of", "router"]
+__all__ = [
+    "FIM",
+    "REASONS",
+    "Chat",
+    "Completion",
+    "Shape",
+    "answers_to",
+    "fill_in",
+    "plain_ids",
+    "prompt_ids",
+    "requests_of",
+    "router",
+]

@@ -32,7 +32,6 @@ class Turn(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: StrictStr | list[Part] | None = None
-    reasoning_content: StrictStr | None = None
 
     def plain(self, index: int) -> dict[str, str]:
         """Role and text. ApiError for parts that are no text: nothing is ever fetched."""

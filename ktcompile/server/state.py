@@ -20,7 +20,6 @@ class State:
     progress: tuple[str, int, int] = ("reading the model", 0, 1)
     failed: str | None = None
     engine: Any = None
-    model: Any = None
     tokenizer: Any = None
     stop_tokens: frozenset[int] = frozenset()
     page: str = ""
@@ -43,6 +42,11 @@ class State:
             raise ApiError(
                 404, f"there is no model {name!r} here; there is {self.name!r}", param="model", code="model_not_found"
             )
+
+    @property
+    def bos(self) -> list[int]:
+        """The token that a text begins with, if the model has one."""
+        return [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
 
     @property
     def context(self) -> int:

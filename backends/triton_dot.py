@@ -6,20 +6,22 @@ four codes with four bytes and adds; a unit's sum is scaled once. The rounding o
 far below that of bfloat16. In float32 the same loop takes more instructions than the memory leaves time for.
 
 Tokens are computed by programs of their own, side by side so that they share what the caches have of the matrix: a
-token's result is the same to the bit alone and in a batch. Nothing here waits for the device. Without Triton this
-module still imports.
+token's result is the same to the bit alone and in a batch. Where `gluon_dot` can, it takes K-quants, on tensor cores.
+Nothing here waits for the device. Without Triton this module still imports.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
-from ktcompile.backends.planes import UNIT, Planes
-from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
-from ktcompile.backends.triton_mla import interpreted
+from ktcompile.backends import gluon_dot
+from ktcompile.backends.planes import FORMATS, UNIT, Planes
+from ktcompile.backends.triton_language import constexpr, gl, jit, tensor, tl
+from ktcompile.backends.triton_mla import interpreted, processors_of
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 # Of x as integers there are, by units, in one buffer of int32: 8 words of high bytes, then of all units 8 words of low
@@ -256,10 +258,30 @@ def _dot(
 
 @dataclass(frozen=True)
 class Vector:
-    """Tokens as integers, for every matrix in planes that they meet. `x [tokens, cols]` is what they were made of."""
+    """Tokens, `x [tokens, cols]` with neighbouring columns, and their integers for all matrices in planes they meet.
+
+    Those are made when a matrix asks for them: of two kinds, since `gluon_dot` wants them in its own order.
+    """
 
     x: Tensor
-    words: Tensor
+
+    @cached_property
+    def words(self) -> Tensor:
+        """As `_dot` takes them."""
+        tokens, cols = self.x.shape
+        units = -(-cols // UNIT)
+        words = torch.empty(tokens, units * _WORDS, dtype=torch.int32, device=self.x.device)
+        block = 16
+        with torch.cuda.device(self.x.get_device()):
+            _quantize[(-(-units // block), tokens)](
+                self.x, self.x.stride(0), words, COLS=cols, UNITS=block, num_warps=4
+            )
+        return words
+
+    @cached_property
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """As `gluon_dot` takes them."""
+        return gluon_dot.integers(self.x)
 
 
 @dataclass(frozen=True)
@@ -291,31 +313,65 @@ def dot_tiles(rows: int, cols: int, count: int) -> DotTiles:
     return DotTiles(1, 2, 64 if units % 64 == 0 or rows < 32 * count else 32)
 
 
-def vector(x: Tensor) -> Vector:
-    """`x [tokens, cols]` with neighbouring columns as integers."""
-    tokens, cols = x.shape
-    units = -(-cols // UNIT)
-    words = torch.empty(tokens, units * _WORDS, dtype=torch.int32, device=x.device)
-    block = 16
-    with torch.cuda.device(x.get_device()):
-        _quantize[(-(-units // block), tokens)](x, x.stride(0), words, COLS=cols, UNITS=block, num_warps=4)
-    return Vector(x, words)
+MOST_TOKENS = 8
+"""So many tokens, each a pass of its own over the matrix, are sooner done than with weights made floats."""
 
 
-def dot(x: Vector, p: Planes, bias: Tensor | None = None, tiles: DotTiles | None = None, count: int = 132) -> Tensor:
-    """`[tokens, rows]` in the type of x. Not for FP8, which has no integers. `count`: multiprocessors."""
+def most_tokens(p: Planes, device: int) -> int:
+    """How many tokens `dot` is for, with this matrix, on the CUDA device of this index."""
+    if p.format.float8:
+        return 0
+    return gluon_dot.MOST_TOKENS if gluon_dot.fits(p) and tensor_cores(device) is None else MOST_TOKENS
+
+
+@cache
+def tensor_cores(device: int) -> str | None:
+    """Why `gluon_dot` cannot run on the CUDA device of this index, or None: it is tried, once, which takes seconds."""
+    if gl is None:
+        return "this Triton has no Gluon"
+    if device < 0:
+        return "the interpreter does not know Gluon"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it is for compute capability 8.0 and more, this is {capability[0]}.{capability[1]}"
+    draw, here = torch.Generator().manual_seed(0), torch.device("cuda", device)
+    x = Vector(torch.randn(3, 2560, generator=draw).to(here))
+    for encoding in ("q4_k", "q6_k"):  # both kinds of products
+        made = {}
+        for name, (shape, dtype) in FORMATS[encoding].shapes(24, 2560).items():
+            made[name] = torch.randint(1, 50, shape, generator=draw).to(here, dtype)
+        p = Planes(encoding, 24, 2560, made)
+        want = dot(x, p, tiles=DotTiles(1, 2, 32))
+        try:
+            got = gluon_dot.dot(x.integers, p, x.x.dtype, processors_of(device))
+        except Exception as failed:  # of a compiler that may be any
+            return f"it does not compile: {str(failed).strip().splitlines()[-1:]}"
+        off = float((got - want).norm() / want.norm())
+        if not off < 1e-3:
+            return f"its result is off by {off:.1e}"
+    return None
+
+
+def dot(x: Vector, p: Planes, bias: Tensor | None = None, tiles: DotTiles | None = None) -> Tensor:
+    """`[tokens, rows]` in the type of x. Not for FP8, which has no integers; up to `most_tokens`, else it takes long.
+
+    With `tiles` the kernel here runs, not `gluon_dot`.
+    """
     f, found = p.format, p.tensors
     low = found["low"]
     if low.numel() >= 1 << 33:  # offsets are int32, in words
         raise ValueError(f"a matrix of {low.numel()} bytes; dot takes less than 8 GiB")
+    processors = processors_of(low.get_device())
+    if tiles is None and gluon_dot.fits(p) and tensor_cores(low.get_device()) is None:
+        return gluon_dot.dot(x.integers, p, x.x.dtype, processors, bias)
     planes = (found.get(name, low) for name in ("low", "high", "scale", "low_scale", "d", "dmin"))
-    tokens = x.words.shape[0]
+    words, tokens = x.words, x.x.shape[0]
     out = torch.empty(tokens, p.rows, dtype=x.x.dtype, device=low.device)
-    t = tiles or (INTERPRETED if interpreted() else dot_tiles(p.rows, p.cols, count))
+    t = tiles or (INTERPRETED if interpreted() else dot_tiles(p.rows, p.cols, processors.count))
     grid = (tokens, -(-p.rows // (t.rows * t.warp_rows)))
     with torch.cuda.device(out.get_device()):
         _dot[grid](
-            x.words, *planes, out if bias is None else bias, out, p.rows, BIAS=bias is not None,
+            words, *planes, out if bias is None else bias, out, p.rows, BIAS=bias is not None,
             COLS=p.cols, LOW=f.low, HIGH=f.high, GROUP=f.group, SUPER=f.super, OFFSET=f.offset, MINIMA=f.has_min,
             ROWS=t.rows, WARP_ROWS=t.warp_rows, UNITS=t.units, EMULATE=interpreted(), num_warps=t.warps,
         )  # fmt: skip

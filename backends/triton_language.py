@@ -45,4 +45,20 @@ def gluon_jit(kernel: Callable[..., Any]) -> Any:
     return kernel if gluon is None else gluon.jit(kernel)
 
 
-__all__ = ["async_copy", "constexpr", "gl", "gluon_jit", "hopper", "jit", "tensor", "tl", "triton"]
+def constexpr_function(function: Callable[..., Any]) -> Any:
+    """`gluon.constexpr_function`, for what a kernel has computed while it is compiled; or the function as it is."""
+    return function if gluon is None else gluon.constexpr_function(function)
+
+
+__all__ = [
+    "async_copy",
+    "constexpr",
+    "constexpr_function",
+    "gl",
+    "gluon_jit",
+    "hopper",
+    "jit",
+    "tensor",
+    "tl",
+    "triton",
+]

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
-from ktcompile.backends import native
+from ktcompile.backends import gluon_dot, native
 from ktcompile.backends.encoded import _quantized
 from ktcompile.backends.planes import FORMATS, UNIT, Planes, planes
 from ktcompile.backends.reference import plain_cost
-from ktcompile.backends.triton_dot import Vector, dot, vector
+from ktcompile.backends.triton_dot import Vector, dot, most_tokens
 from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
 from ktcompile.backends.triton_mla import _power_of_two, interpreted, processors_of, unavailable
 from ktcompile.symbols import Sizes, nbytes
@@ -394,9 +394,6 @@ def _activate(
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
-DOT_TOKENS = 8
-"""So many tokens go by integers: of V3's o_proj one costs 27 us on an H200, and any number by `_gemm` 210."""
-
 GEMM_TOKENS = 16
 """From 2 to so many tokens weights are decoded in registers: the tensor cores' smallest tile has room for 16, and a
 decoded copy would be written and read again, 7 times the bytes of 4-bit weights. Beyond, a product over a decoded copy
@@ -504,16 +501,16 @@ def _few(x: Tensor, p: Planes, bias: Tensor | None) -> Tensor:
 def shared(x: Tensor) -> Tensor | Vector:
     """`x [..., K]` for several calls of `linear`: what they all would make of it is made once."""
     flat = x.reshape(-1, x.shape[-1])
-    if not 0 < flat.shape[0] <= DOT_TOKENS or x.itemsize != 2:
+    if not 0 < flat.shape[0] <= gluon_dot.MOST_TOKENS or x.itemsize != 2:
         return x
-    return vector(flat if flat.stride(1) == 1 else flat.contiguous())
+    return Vector(flat if flat.stride(1) == 1 else flat.contiguous())
 
 
 def linear(x: Tensor | Vector, weight: Planes | Tensor, bias: Tensor | None = None) -> Tensor:
     """`x [..., K]` times a weight `[N, K]` in planes, plus `bias [N]`: `[..., N]` in the type of x.
 
-    Sums are in float32, of few tokens of 16 bits in integers (`triton_dot`); of more the weights are rounded
-    to the type of x. A plain weight is torch's. `x`: also what `shared` made of it; the result is then `[tokens, N]`.
+    Sums are in float32, of few tokens of 16 bits in integers (`triton_dot`); of more the weights are rounded to the
+    type of x. A plain weight is torch's. `x`: also what `shared` made of it; the result is then `[tokens, N]`.
     Which kernel runs depends on shapes alone. RuntimeError without a GPU, ValueError if the shapes do not fit.
     """
     words = None
@@ -531,9 +528,8 @@ def linear(x: Tensor | Vector, weight: Planes | Tensor, bias: Tensor | None = No
         return x.new_empty(shape)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    if tokens <= DOT_TOKENS and x.itemsize == 2 and not weight.format.float8:
-        count = processors_of(x.get_device()).count
-        return dot(words or vector(flat), weight, bias, count=count).view(shape)
+    if x.itemsize == 2 and tokens <= most_tokens(weight, x.get_device()):
+        return dot(words or Vector(flat), weight, bias).view(shape)
     if tokens == 1:
         return _vector(flat, weight, bias).view(shape)
     if tokens <= GEMM_TOKENS and x.itemsize == 2:  # float32 has no tensor cores of its own

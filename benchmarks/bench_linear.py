@@ -1,7 +1,7 @@
 """Time quantised linears on a GPU next to the bandwidth of a device copy; one JSON object a line.
 
     python benchmarks/bench_linear.py             the shapes of DeepSeek-V3, 1 to 16 tokens
-    python benchmarks/bench_linear.py --sweep     one token, a range of tiles: is `dot_tiles` right?
+    python benchmarks/bench_linear.py --sweep     a range of tiles: are `dot_tiles` and `gluon_dot.choose_tiles` right?
 
 `us` is of one of several matrices in one CUDA graph, more than the caches hold, making integers of x included (not in
 a sweep); `GB/s` counts the planes once. `error` is
@@ -23,8 +23,9 @@ from multiprocessing import get_context
 import torch
 from gpu_timing import copy_gb_s, graph_us
 
+from ktcompile.backends import gluon_dot
 from ktcompile.backends.planes import FORMATS, Planes
-from ktcompile.backends.triton_dot import DotTiles, dot, dot_tiles, vector
+from ktcompile.backends.triton_dot import DotTiles, Vector, dot, dot_tiles, most_tokens, tensor_cores
 from ktcompile.backends.triton_linear import dequantize, linear
 from ktcompile.backends.triton_mla import interpreted, processors_of, unavailable
 
@@ -44,6 +45,11 @@ SHAPES = (  # name, rows, columns, encoding
 )
 TILES = [DotTiles(r, w, u) for r, w, u in product((1, 2), (1, 2, 4), (32, 64, 128))]
 NARROW = [DotTiles(r, w, 16) for r, w in product((1, 2), (2, 4, 8))]
+GLUON_TILES = [
+    gluon_dot.Tiles(r, c, s)
+    for r, c, s in ((1, 2, 3), (1, 4, 2), (1, 4, 3), (1, 8, 2), (2, 2, 2), (2, 2, 3), (2, 4, 2), (4, 1, 3), (4, 2, 2))
+]
+TOKENS = (1, 2, 4, 8, 16, 32)
 COLD_BYTES = 240 << 20
 """So many bytes of matrices are multiplied one after the other: several times the second-level cache."""
 
@@ -60,17 +66,32 @@ def make(rows: int, cols: int, encoding: str) -> Planes:
     return Planes(encoding, rows, cols, tensors)
 
 
-def tiles_of(rows: int, cols: int) -> list[DotTiles]:
-    """What a sweep tries."""
-    units = -(-cols // 32)
-    return [t for t in (NARROW if units % 32 and units <= 64 else TILES) if t.rows * t.warp_rows < rows]
+Tiles = DotTiles | gluon_dot.Tiles
 
 
-def compiled(case: tuple[int, int, str, DotTiles]) -> None:
+def tiles_of(rows: int, p: Planes, tokens: int) -> list[Tiles]:
+    """What a sweep tries: of the kernel that takes so many tokens times this matrix, the tiles of its choice first."""
+    count = processors_of(torch.cuda.current_device()).count
+    if gluon_dot.fits(p) and tensor_cores(torch.cuda.current_device()) is None:
+        return [gluon_dot.choose_tiles(rows, p.cols, tokens, count), *GLUON_TILES]
+    units = -(-p.cols // 32)
+    tried = [t for t in (NARROW if units % 32 and units <= 64 else TILES) if t.rows * t.warp_rows < rows]
+    return [dot_tiles(rows, p.cols, count), *tried]
+
+
+def tiled(v: Vector, p: Planes, tiles: Tiles) -> torch.Tensor:
+    """The product with these tiles."""
+    if isinstance(tiles, DotTiles):
+        return dot(v, p, tiles=tiles)
+    return gluon_dot.dot(v.integers, p, v.x.dtype, processors_of(v.x.get_device()), tiles=tiles)
+
+
+def compiled(case: tuple[int, int, str, int]) -> None:
     """Fill Triton's cache: compiling takes a second, and is done side by side."""
-    rows, cols, encoding, tiles = case
-    x = torch.ones(1, cols, device="cuda", dtype=torch.bfloat16)
-    dot(vector(x), make(min(rows, 64), cols, encoding), None, tiles)
+    rows, cols, encoding, tokens = case
+    p, x = make(min(rows, 64), cols, encoding), torch.ones(tokens, cols, device="cuda", dtype=torch.bfloat16)
+    for tiles in tiles_of(rows, p, tokens):
+        tiled(Vector(x), p, tiles)
 
 
 def main() -> int:
@@ -87,22 +108,20 @@ def main() -> int:
     print(json.dumps({"bench": "copy", "GB/s": round(copy), "device": torch.cuda.get_device_name()}), flush=True)
     shapes = [s for s in SHAPES if not arguments.sweep or not FORMATS[s[3]].float8]
     if arguments.sweep:
-        cases = {(c, e, t): (r, c, e, t) for _, r, c, e in shapes for t in tiles_of(r, c)}
-        with ProcessPoolExecutor(12, get_context("spawn")) as workers:
-            list(workers.map(compiled, cases.values(), chunksize=4))
-    count = processors_of(torch.cuda.current_device()).count
+        cases = {(c, e, t): (r, c, e, t) for _, r, c, e in shapes for t in TOKENS}
+        with ProcessPoolExecutor(14, get_context("spawn")) as workers:
+            list(workers.map(compiled, cases.values()))
     for name, rows, cols, encoding in shapes:
         p = make(rows, cols, encoding)
         several = [p, *(make(rows, cols, encoding) for _ in range(COLD_BYTES // p.nbytes))]
         weights = dequantize(p, torch.float32)
-        for tokens in (1,) if arguments.sweep else (1, 2, 8, 16):
+        for tokens in TOKENS:
             x = torch.randn(tokens, cols, device="cuda", dtype=torch.bfloat16)
             want = x.float() @ weights.T
-            chosen = dot_tiles(rows, cols, count)
-            ways = {"": partial(linear, x)}
-            if arguments.sweep:
-                v = vector(x)
-                ways = {json.dumps(asdict(t)): partial(dot, v, tiles=t) for t in (chosen, *tiles_of(rows, cols))}
+            ways: dict[str, Callable[[Planes], torch.Tensor]] = {"": partial(linear, x)}
+            if arguments.sweep and tokens <= most_tokens(p, torch.cuda.current_device()):
+                v = Vector(x)
+                ways = {json.dumps(asdict(t)): partial(tiled, v, tiles=t) for t in tiles_of(rows, p, tokens)}
             rowsets = []
             for tiles, run in ways.items():
 
@@ -118,7 +137,7 @@ def main() -> int:
                     {"bench": name, "rows": rows, "cols": cols, "encoding": encoding, "tokens": tokens}
                     | measured | {"error": float(f"{off:.1e}")} | ({"tiles": tiles} if tiles else {})
                 )  # fmt: skip
-            for row in [rowsets[0], *sorted(rowsets[1:], key=lambda r: r["us"])[:5]]:
+            for row in [rowsets[0], *sorted(rowsets[1:], key=lambda r: r["us"])[:3]]:
                 print(json.dumps(row), flush=True)
         del p, several, weights
     return 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_triton_linear import DEVICE, HERE, TOLERANCE, close, inside_canaries, make, odd
 
 from ktcompile.backends.planes import FORMATS, Planes
-from ktcompile.backends.triton_dot import DotTiles, dot, dot_tiles, vector
+from ktcompile.backends.triton_dot import DotTiles, Vector, dot, dot_tiles
 from ktcompile.backends.triton_linear import linear
 
 INTEGERS = sorted(e for e, f in FORMATS.items() if not f.float8)
@@ -34,7 +34,7 @@ def test_any_matrix_any_tiles(encoding: str, rows: int, tiles: DotTiles | None, 
     p = Planes(encoding, rows, p.cols, {name: inside_canaries(t) for name, t in p.tensors.items()})
     x = inside_canaries((torch.randn(1, p.cols) * scale).to(DEVICE, torch.bfloat16))
     x[0, 7] *= 1000  # one that is far larger takes the precision of its unit
-    close(dot(vector(x), p, None, tiles), x.double() @ w.double().T, TOLERANCE[torch.bfloat16])
+    close(dot(Vector(x), p, None, tiles), x.double() @ w.double().T, TOLERANCE[torch.bfloat16])
 
 
 @HERE
@@ -43,7 +43,7 @@ def test_x_keeps_sixteen_bits(encoding: str) -> None:
     """With sums that are exact, what is lost is what was rounded: half a step of 2^-15 of the largest of 32."""
     p, w = make(encoding, 64, 1024 if FORMATS[encoding].block == 256 else odd(encoding))
     x = torch.randn(1, p.cols).to(DEVICE)
-    got = dot(vector(x), p).double()
+    got = dot(Vector(x), p).double()
     want = x.double() @ w.double().T
     assert float((got - want).norm() / want.norm()) <= 1e-4
 
@@ -54,10 +54,10 @@ def test_a_token_is_the_same_in_a_batch(encoding: str) -> None:
     p, w = make(encoding, 37, odd(encoding))
     wide = torch.randn(8, p.cols + 40).to(DEVICE, torch.bfloat16)
     x = wide[:, 8 : 8 + p.cols]  # rows apart from each other
-    got = dot(vector(x), p)
+    got = dot(Vector(x), p)
     close(got, x.double() @ w.double().T, TOLERANCE[torch.bfloat16])
     for i in range(8):
-        assert torch.equal(dot(vector(x[i : i + 1].contiguous()), p)[0], got[i])
+        assert torch.equal(dot(Vector(x[i : i + 1].contiguous()), p)[0], got[i])
     assert torch.equal(linear(x[None], p)[0], got) and torch.equal(linear(x[:3], p), got[:3])
 
 
@@ -66,9 +66,9 @@ def test_bias_and_zeros() -> None:
     p, w = make("q4_k", 37, 512)
     bias = torch.randn(37).to(DEVICE, torch.bfloat16)
     zero = torch.zeros(1, 512, device=DEVICE, dtype=torch.bfloat16)
-    assert torch.equal(dot(vector(zero), p, bias), bias[None])
+    assert torch.equal(dot(Vector(zero), p, bias), bias[None])
     x = torch.randn(1, 512).to(DEVICE, torch.bfloat16)
-    close(dot(vector(x), p, bias), x.double() @ w.double().T + bias.double(), TOLERANCE[torch.bfloat16])
+    close(dot(Vector(x), p, bias), x.double() @ w.double().T + bias.double(), TOLERANCE[torch.bfloat16])
 
 
 @HERE
@@ -78,7 +78,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     p, _ = make("q6_k", 16, 512)
     x = torch.randn(1, 512).to(DEVICE, torch.bfloat16)
     x[0, 100] = bad
-    assert not dot(vector(x), p).isfinite().any()
+    assert not dot(Vector(x), p).isfinite().any()
 
 
 def test_tiles_of_deepseek() -> None:

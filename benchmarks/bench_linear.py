@@ -47,7 +47,7 @@ TILES = [DotTiles(r, w, u) for r, w, u in product((1, 2), (1, 2, 4), (32, 64, 12
 NARROW = [DotTiles(r, w, 16) for r, w in product((1, 2), (2, 4, 8))]
 GLUON_TILES = [
     gluon_dot.Tiles(r, c, s)
-    for r, c, s in ((1, 2, 3), (1, 4, 2), (1, 4, 3), (1, 8, 2), (2, 2, 2), (2, 2, 3), (2, 4, 2), (4, 1, 3), (4, 2, 2))
+    for r, c, s in ((1, 2, 3), (1, 4, 2), (1, 4, 3), (1, 8, 2), (2, 2, 2), (2, 2, 3), (2, 4, 2), (2, 4, 3), (4, 2, 2))
 ]
 TOKENS = (1, 2, 4, 8, 16, 32)
 COLD_BYTES = 240 << 20

@@ -27,16 +27,16 @@ from ktcompile.backends.triton_linear import linear
 ON_GPU = triton_mla.unavailable() is None and not triton_mla.interpreted()
 WHY = tensor_cores(torch.cuda.current_device() if ON_GPU else -1)
 HERE = pytest.mark.skipif(WHY is not None, reason=str(WHY))
-TILES = (None, Tiles(1, 1, 2), Tiles(1, 4, 3), Tiles(2, 2, 2), Tiles(4, 2, 2), Tiles(1, 8, 2), Tiles(2, 4, 3))
+TILES = (None, Tiles(2, 2, 2), Tiles(1, 8, 2), Tiles(4, 2, 3))  # each takes seconds to compile
 
 
 @HERE
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     encoding=st.sampled_from(gluon_dot.ENCODINGS),
     rows=st.sampled_from([1, 5, 16, 131]),
     pairs=st.sampled_from([1, 2, 3, 5, 14]),
-    tokens=st.sampled_from([1, 2, 4, 5, 8, 11, 16, 17, 32, 40]),
+    tokens=st.sampled_from([1, 3, 4, 7, 16, 17, 40]),
     tiles=st.sampled_from(TILES),
     scale=st.sampled_from([1e-20, 1.0, 1e4]),
     seed=st.integers(0, 99),

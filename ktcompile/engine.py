@@ -6,7 +6,8 @@ Requests come from any thread and leave as events; `schedule.py` says who takes 
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,7 @@ class Engine:
         self.context = min(int(model.context), self.cache.pages_each * PAGE)
         self.statistics = Statistics(pages=self.cache.pages_each)
         self._has_graphs = self.cache.all_pages.device.type == "cuda"
+        self._aside = ThreadPoolExecutor(1, "grammar")  # it has no thread before it is asked
         self._batches: dict[tuple[int, bool], PagedCache] = {}  # by rows, and whether each brings one token
         self._finished: Counter[str] = Counter()
         self._read = self._said = self._steps = 0
@@ -123,6 +125,7 @@ class Engine:
         text = Text(self.tokenizer, request.stop_strings, request.skip_special)
         handle = Handle(request, self._wake.set, tell)
         most = room if request.most is None else min(request.most, room)
+        matcher = None if request.grammar is None else request.grammar.matcher()
         with self._lock:
             if self._closed:
                 raise KtransError(self._closed)
@@ -133,7 +136,7 @@ class Engine:
             self._open += 1
             tokens = list(request.prompt)
             sampling = request.sampling.seeded()
-            self._inbox.append(Active(handle, self._order, sampling, tokens, most, text))
+            self._inbox.append(Active(handle, self._order, sampling, tokens, most, text, matcher))
         self._wake.set()
         return handle
 
@@ -153,6 +156,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._aside.shutdown()
         self._receive()
         self._end_all(self.schedule.requests, "cancelled", "the engine has stopped")
         self._publish()
@@ -270,14 +274,19 @@ class Engine:
         given = torch.tensor(ids), torch.tensor(positions), [count for _, count in filled], torch.tensor(keep), batch
         start = time.perf_counter()
         try:
-            if any(count == a.pending and (a.request.penalties or a.request.top) for a, count in rows):
-                logits = self.model.step(*given)
-                return _from_logits(rows, logits, choices)
+            if any(count == a.pending and a.request.needs_logits for a, count in rows):
+                masks = self._masks(rows)
+                return _from_logits(rows, self.model.step(*given), choices, masks)
             sampled = self.model.next_tokens(*given, choices)
         finally:
             self._model_s += time.perf_counter() - start
         tokens, logprobs = sampled.tokens.tolist(), sampled.logprobs.tolist()
         return [_Chosen(t, p) for t, p in zip(tokens[: len(rows)], logprobs, strict=False)]
+
+    def _masks(self, rows: Sequence[tuple[Active, int]]) -> dict[int, Future[Tensor]]:
+        """The tokens that grammars allow after each row that has one, found while the model works."""
+        asked = [(i, a.matcher) for i, (a, count) in enumerate(rows) if a.matcher and count == a.pending]
+        return {i: self._aside.submit(matcher.allowed) for i, matcher in asked}
 
     def _batch(self, rows: list[tuple[Active, int]]) -> tuple[PagedCache, list[tuple[Active, int]]]:
         """Where these rows go, and the rows with copies of the last one, which write the same to the same place."""
@@ -306,11 +315,13 @@ class Engine:
         if chosen.token in a.request.stop:
             self._finish(a, "stop")
             return
+        if a.matcher is not None:
+            a.matcher.push(chosen.token)
         a.tokens.append(chosen.token)
         self._said += 1
         text = a.text.push(chosen.token)
         a.handle.tell(Piece(text, chosen.token, chosen.logprob, chosen.top))
-        if a.text.stops.found is not None:
+        if a.text.stops.found is not None or (a.matcher is not None and a.matcher.is_complete):
             self._finish(a, "stop")
         elif len(a.tokens) - len(a.request.prompt) >= a.most:
             self._finish(a, "length")
@@ -370,7 +381,9 @@ def _told(error: Exception) -> str:
     return str(error) if isinstance(error, KtransError) else f"{type(error).__name__}: {error}"
 
 
-def _from_logits(rows: Sequence[tuple[Active, int]], logits: Tensor, choices: Choices) -> list[_Chosen]:
+def _from_logits(
+    rows: Sequence[tuple[Active, int]], logits: Tensor, choices: Choices, masks: Mapping[int, Future[Tensor]]
+) -> list[_Chosen]:
     """The tokens chosen from logits on the CPU, `[at least rows, vocabulary]`, with what each request wants done."""
     adjusted = logits.float()
     for i, (a, count) in enumerate(rows):
@@ -378,13 +391,18 @@ def _from_logits(rows: Sequence[tuple[Active, int]], logits: Tensor, choices: Ch
             if adjusted is logits:
                 adjusted = logits.clone()
             adjusted[i] = penalised(logits[i], a.request.penalties, a.request.prompt, a.answer)
+        if i in masks:
+            if adjusted is logits:
+                adjusted = logits.clone()
+            allowed = masks[i].result()[: logits.shape[1]]
+            adjusted[i].masked_fill_(~allowed, -torch.inf)
     sampled = sample(adjusted, choices)
     tokens, logprobs = sampled.tokens.tolist(), sampled.logprobs.tolist()
     found = []
     for i, (a, _) in enumerate(rows):
         token, logprob = tokens[i], logprobs[i]
         top: tuple[tuple[int, float], ...] = ()
-        if token >= 0 and (a.request.top or a.request.penalties):
+        if token >= 0 and a.request.needs_logits:
             own = logits[i].float().log_softmax(-1)
             logprob = float(own[token])
             likely = own.topk(min(a.request.top, len(own)))

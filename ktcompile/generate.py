@@ -124,20 +124,31 @@ def stop_tokens(tokenizer: PreTrainedTokenizerFast, generation: Any) -> frozense
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], suffix: str = ""
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, Any]],
+    suffix: str = "",
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
-    """Token ids of a rendered conversation, with `suffix` behind it.
+    """Token ids of a rendered conversation, with `suffix` behind it; `tools` as the template takes them.
 
-    What people write stays text: a special token inside a message is encoded as its characters.
+    What people write stays text: a special token inside a message or a tool is encoded as its characters.
     """
-    special = [t for t in tokenizer.all_special_tokens if any(t in m["content"] for m in messages)]
-    marks = {f"\ue000{i}\ue001": m["content"] for i, m in enumerate(messages)}
-    contents = marks if special else [m["content"] for m in messages]
-    given = [{**m, "content": content} for m, content in zip(messages, contents, strict=True)]
-    text = str(tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False)) + suffix
-    pieces = re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if special else [text]
+    marks = {f"\ue000{i}\ue001": token for i, token in enumerate(tokenizer.all_special_tokens)}
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, str):
+            for mark, token in marks.items():
+                value = value.replace(token, mark)
+            return value
+        if isinstance(value, Mapping):
+            return {marked(key): marked(item) for key, item in value.items()}
+        return [marked(item) for item in value] if isinstance(value, list) else value
+
+    given = [marked(message) for message in messages]
+    known = [marked(tool) for tool in tools] or None
+    text = str(tokenizer.apply_chat_template(given, known, add_generation_prompt=True, tokenize=False)) + suffix
     ids: list[int] = []
-    for piece in filter(None, pieces):
+    for piece in filter(None, re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]):
         plain = {"split_special_tokens": True} if piece in marks else {}
         ids += tokenizer(marks.get(piece, piece), add_special_tokens=False, verbose=False, **plain)["input_ids"]
     return ids

@@ -7,6 +7,7 @@ from queue import SimpleQueue
 from typing import Literal
 
 from ktcompile.errors import KtransError
+from ktcompile.grammar import Grammar
 from ktcompile.penalties import Penalties
 from ktcompile.sampling import Sampling
 
@@ -21,7 +22,7 @@ class Request:
 
     `most`: tokens of the answer; None, or more than fit: as many as the context holds. `stop`: tokens that end it, and
     `stop_strings` texts that do: neither is said. `top`: so many of the most likely tokens with each token.
-    `skip_special`: special tokens have no text.
+    `skip_special`: special tokens have no text. `grammar`: the form of the answer, which ends where that does.
     """
 
     prompt: tuple[int, ...]
@@ -32,6 +33,12 @@ class Request:
     stop_strings: tuple[str, ...] = ()
     top: int = 0
     skip_special: bool = True
+    grammar: Grammar | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Its tokens cannot be chosen where the logits are."""
+        return bool(self.penalties or self.top or self.grammar)
 
     def check(self, vocabulary: int) -> None:
         """Raises KtransError for what no model of so many tokens could answer."""

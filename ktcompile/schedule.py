@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ktcompile.errors import KtransError
+from ktcompile.grammar import Matcher
 from ktcompile.pages import Pages, Table
 from ktcompile.request import Handle, Request, Usage
 from ktcompile.sampling import Sampling
@@ -34,6 +35,7 @@ class Active:
     tokens: list[int]
     most: int
     text: Text
+    matcher: Matcher | None = None  # of its grammar
     table: Table = field(init=False)
     is_new: bool = True
     was_preempted: bool = False

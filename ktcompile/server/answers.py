@@ -10,7 +10,9 @@ from fastapi import Request as HttpRequest
 from ktcompile.engine import Engine
 from ktcompile.errors import BusyError, CapacityError, KtransError
 from ktcompile.request import Event, Finished, Handle, Request, Usage
+from ktcompile.server.calls import Calls, Delta, Format
 from ktcompile.server.errors import ApiError
+from ktcompile.server.thoughts import Thoughts
 
 PING_SECONDS = 10.0
 """So long a stream says nothing before a comment says that it lives."""
@@ -81,6 +83,34 @@ class Answers:
         return found
 
 
+class Deltas:
+    """One answer, from events to what each makes certain: thoughts, text, calls of tools.
+
+    `thinks`: it begins inside of a thought. `format`, `names`: of the calls, see `Calls`.
+    """
+
+    def __init__(self, thinks: bool = False, format: Format | None = None, names: frozenset[str] = frozenset()) -> None:
+        self._thoughts, self._calls = Thoughts(thinks), Calls(format, names)
+        self.thinking = 0  # tokens of thoughts
+
+    def of(self, event: Event) -> list[Delta]:
+        """What is certain after this event; after the last one, all of it."""
+        parts = self._thoughts.push(event.text) if event.text else []
+        is_last = isinstance(event, Finished)
+        if is_last:
+            parts += self._thoughts.finish()
+        else:
+            self.thinking += self._thoughts.inside
+        found: list[Delta] = []
+        for is_thought, text in parts:
+            found += [Delta("thought", text)] if is_thought else self._calls.push(text)
+        return found + (self._calls.finish() if is_last else [])
+
+    def reason(self, end: Finished) -> str:
+        """Why it ended, as OpenAI says it: stop, length, tool_calls."""
+        return "tool_calls" if self._calls.count and end.reason == "stop" else end.reason
+
+
 def failed(event: Event) -> None:
     """Raise ApiError for an event that tells of an error."""
     if isinstance(event, Finished) and event.reason == "error":
@@ -146,4 +176,4 @@ def timings_of(usage: Usage) -> dict[str, float]:
     }
 
 
-__all__ = ["PING_SECONDS", "Answers", "failed", "said", "streamed", "timings_of", "usage_of"]
+__all__ = ["PING_SECONDS", "Answers", "Delta", "Deltas", "failed", "said", "streamed", "timings_of", "usage_of"]

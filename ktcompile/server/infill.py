@@ -15,6 +15,7 @@ from ktcompile.server.answers import POLL_SECONDS, Answers, failed, said, timing
 from ktcompile.server.errors import ApiError
 from ktcompile.server.llama import state_of
 from ktcompile.server.openai import answers_to, fill_in, plain_ids
+from ktcompile.server.prompt import Prompt
 from ktcompile.server.requests import Body, Generation
 from ktcompile.server.state import State
 
@@ -53,7 +54,7 @@ async def infill(http: HttpRequest, given: InfillRequest) -> Response:
     if given.n_predict is not None:
         given.max_tokens = given.n_predict
     ids = await asyncio.to_thread(prompt_of, state, given)
-    answers = answers_to(http, given, ids)
+    answers = answers_to(http, given, Prompt(tuple(ids)))
     if given.stream:
         return StreamingResponse(_streamed(state, given, answers), media_type="text/event-stream")
     text, end = "", None

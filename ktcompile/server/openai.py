@@ -11,22 +11,19 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from ktcompile.generate import encode_chat
 from ktcompile.penalties import Penalties
 from ktcompile.request import Event, Finished, Piece, Request, Usage
-from ktcompile.server.answers import Answers, streamed, timings_of, usage_of
+from ktcompile.server.answers import Answers, Delta, streamed, timings_of, usage_of
 from ktcompile.server.errors import ApiError
 from ktcompile.server.llama import state_of
+from ktcompile.server.prompt import Prompt, prompt_of
 from ktcompile.server.requests import ChatRequest, CompletionRequest, Generation
 from ktcompile.server.state import State
-from ktcompile.server.thoughts import Thoughts
 
 router = APIRouter()
 
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 """DeepSeek's marks: before what stands in front, for the hole, after what stands behind."""
-
-REASONS = {"stop": "stop", "length": "length"}
 
 
 @router.post("/v1/chat/completions")
@@ -39,9 +36,9 @@ async def chat(http: HttpRequest, given: ChatRequest) -> Response:
     if given.max_completion_tokens is not None:
         given.max_tokens = given.max_completion_tokens
     top = given.alternatives()
-    ids = await asyncio.to_thread(encode_chat, state.tokenizer, given.plain(), "<think>\n" if state.think else "")
-    answers = answers_to(http, given, ids, top or 0)
-    shape = Chat(state, given, top is not None)
+    prompt = await asyncio.to_thread(prompt_of, state, given.plain(), given.may_call(), given.form())
+    answers = answers_to(http, given, prompt, top or 0)
+    shape = Chat(state, given, prompt, top is not None)
     return await answered(http, answers, shape, bool(given.stream))
 
 
@@ -53,7 +50,7 @@ async def completions(http: HttpRequest, given: CompletionRequest) -> Response:
     state.ready()
     state.check_model(given.model)
     ids = await asyncio.to_thread(prompt_ids, state, given)
-    answers = answers_to(http, given, ids)
+    answers = answers_to(http, given, Prompt(tuple(ids)))
     return await answered(http, answers, Completion(state, given, ids), bool(given.stream))
 
 
@@ -65,18 +62,18 @@ async def answered(http: HttpRequest, answers: Answers, shape: "Shape", stream: 
     return JSONResponse(shape.whole(await answers.all(http)))
 
 
-def answers_to(http: HttpRequest, given: Generation, ids: list[int], top: int = 0) -> Answers:
+def answers_to(http: HttpRequest, given: Generation, prompt: Prompt, top: int = 0) -> Answers:
     """What the engine answers to a prompt, counted by the metrics. ApiError where it does not take it."""
     state = state_of(http)
-    return Answers(state.ready(), requests_of(state, given, ids, top), http.app.state.metrics.finished)
+    return Answers(state.ready(), requests_of(state, given, prompt, top), http.app.state.metrics.finished)
 
 
-def requests_of(state: State, given: Generation, ids: list[int], top: int) -> list[Request]:
+def requests_of(state: State, given: Generation, prompt: Prompt, top: int) -> list[Request]:
     """One request of the engine for each answer. A seed gives each answer one of its own."""
     sampling = given.sampling(state.default)
     presence, frequency, repetition = given.penalties()
     request = Request(
-        tuple(ids),
+        prompt.ids,
         given.most(state.max_new_tokens),
         sampling,
         Penalties(
@@ -85,6 +82,8 @@ def requests_of(state: State, given: Generation, ids: list[int], top: int) -> li
         state.stop_tokens,
         given.stops(),
         top,
+        prompt.skip_special,
+        prompt.grammar,
     )
     seeds = [None if sampling.seed is None else sampling.seed + i for i in range(given.choices())]
     return [replace(request, sampling=replace(sampling, seed=seed)) for seed in seeds]
@@ -159,7 +158,7 @@ class Shape:
         """Tokens of thoughts."""
         return 0
 
-    def choice(self, index: int, events: list[Event], reason: str) -> dict[str, Any]:
+    def choice(self, index: int, events: list[Event], end: Finished) -> dict[str, Any]:
         """A whole answer, and why it ended."""
         raise NotImplementedError
 
@@ -170,61 +169,61 @@ class Shape:
             end = events[-1]
             assert isinstance(end, Finished)
             self.usages[i] = end.usage
-            choices.append(self.choice(i, events, REASONS[end.reason]))
+            choices.append(self.choice(i, events, end))
         return {**self.head, "object": self.whole_object, "choices": choices, **self.counted()}
 
 
 class Chat(Shape):
-    """`chat.completion`: thoughts apart from what is said."""
+    """`chat.completion`: thoughts and calls of tools apart from what is said."""
 
     stream_object, whole_object, prefix = "chat.completion.chunk", "chat.completion", "chatcmpl"
 
-    def __init__(self, state: State, given: ChatRequest, logprobs: bool) -> None:
+    def __init__(self, state: State, given: ChatRequest, prompt: Prompt, logprobs: bool) -> None:
         super().__init__(state, given)
-        self.thoughts = [Thoughts(state.think) for _ in range(given.choices())]
+        self.deltas = [prompt.deltas() for _ in range(given.choices())]
         self.logprobs = logprobs
-        self.thinking = 0
 
     def begin(self) -> Iterator[dict[str, Any]]:
         """Who speaks."""
-        for i in range(len(self.thoughts)):
+        for i in range(len(self.deltas)):
             yield self._delta(i, {"role": "assistant", "content": ""})
 
     def piece(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
-        """Its text, if it has any, or its logarithm; the last one says why it ends."""
+        """What is certain, if anything, or its logarithm; the last one says why it ends."""
         logprobs = self._logprobs([event]) if self.logprobs and isinstance(event, Piece) else None
-        for thought, text in self._parts(index, event):
-            yield self._delta(index, {"reasoning_content" if thought else "content": text}, logprobs=logprobs)
+        for delta in self.deltas[index].of(event):
+            yield self._delta(index, told(delta), logprobs=logprobs)
             logprobs = None
         if logprobs is not None:
             yield self._delta(index, {"content": ""}, logprobs=logprobs)
         if isinstance(event, Finished):
             self.usages[index] = event.usage
-            yield self._delta(index, {}, REASONS[event.reason])
+            yield self._delta(index, {}, self.deltas[index].reason(event))
 
-    def choice(self, index: int, events: list[Event], reason: str) -> dict[str, Any]:
-        """A message."""
-        parts = [part for event in events for part in self._parts(index, event)]
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(t for thought, t in parts if not thought)}
-        if thoughts := "".join(t for thought, t in parts if thought):
-            message["reasoning_content"] = thoughts
-        found: dict[str, Any] = {"index": index, "message": message, "finish_reason": reason}
+    def choice(self, index: int, events: list[Event], end: Finished) -> dict[str, Any]:
+        """A message. Its content is null where it has calls alone."""
+        deltas = [delta for event in events for delta in self.deltas[index].of(event)]
+        texts = {kind: "".join(d.text for d in deltas if d.kind == kind) for kind in ("text", "thought")}
+        calls = [
+            called(d, "".join(a.text for a in deltas if a.kind == "arguments" and a.call == d.call))
+            for d in deltas
+            if d.kind == "call"
+        ]
+        message: dict[str, Any] = {"role": "assistant", "content": texts["text"] or (None if calls else "")}
+        if calls:
+            message["tool_calls"] = calls
+        if texts["thought"]:
+            message["reasoning_content"] = texts["thought"]
+        found: dict[str, Any] = {"index": index, "message": message, "finish_reason": self.deltas[index].reason(end)}
         found["logprobs"] = self._logprobs(events) if self.logprobs else None
         return found
 
     def reasoning(self) -> int:
         """Tokens whose text was a thought."""
-        return self.thinking
-
-    def _parts(self, index: int, event: Event) -> list[tuple[bool, str]]:
-        parts = self.thoughts[index].push(event.text) if event.text else []
-        if isinstance(event, Finished):
-            return parts + self.thoughts[index].finish()
-        self.thinking += self.thoughts[index].inside
-        return parts
+        return sum(deltas.thinking for deltas in self.deltas)
 
     def _delta(
-        self, index: int, delta: dict[str, str], reason: str | None = None, logprobs: dict[str, Any] | None = None
+        self, index: int, delta: dict[str, Any], reason: str | None = None, logprobs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         return self.chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
@@ -232,11 +231,25 @@ class Chat(Shape):
         return {"content": [self._logprob(e) for e in events if isinstance(e, Piece)]}
 
     def _logprob(self, piece: Piece) -> dict[str, Any]:
-        def told(token: int, logprob: float) -> dict[str, Any]:
+        def likely(token: int, logprob: float) -> dict[str, Any]:
             text = self.state.tokenizer.decode([token])
             return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
-        return told(piece.token, piece.logprob) | {"top_logprobs": [told(t, p) for t, p in piece.top]}
+        return likely(piece.token, piece.logprob) | {"top_logprobs": [likely(t, p) for t, p in piece.top]}
+
+
+def told(delta: Delta) -> dict[str, Any]:
+    """OpenAI's delta: the name of a call comes once, its arguments in pieces."""
+    if delta.kind == "call":
+        return {"tool_calls": [{"index": delta.call, **called(delta, "")}]}
+    if delta.kind == "arguments":
+        return {"tool_calls": [{"index": delta.call, "function": {"arguments": delta.text}}]}
+    return {"content" if delta.kind == "text" else "reasoning_content": delta.text}
+
+
+def called(delta: Delta, arguments: str) -> dict[str, Any]:
+    """OpenAI's call."""
+    return {"id": delta.id, "type": "function", "function": {"name": delta.text, "arguments": arguments}}
 
 
 class Completion(Shape):
@@ -261,11 +274,11 @@ class Completion(Shape):
         if end is not None:
             self.usages[index] = end.usage
         if event.text or end is not None:
-            yield self.chunk([self._text(index, event.text, None if end is None else REASONS[end.reason])])
+            yield self.chunk([self._text(index, event.text, None if end is None else end.reason)])
 
-    def choice(self, index: int, events: list[Event], reason: str) -> dict[str, Any]:
+    def choice(self, index: int, events: list[Event], end: Finished) -> dict[str, Any]:
         """A text."""
-        return self._text(index, self.echo + "".join(e.text for e in events), reason)
+        return self._text(index, self.echo + "".join(e.text for e in events), end.reason)
 
     def _text(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
@@ -273,7 +286,6 @@ class Completion(Shape):
 
 __all__ = [
     "FIM",
-    "REASONS",
     "Chat",
     "Completion",
     "Shape",

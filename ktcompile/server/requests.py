@@ -1,14 +1,18 @@
 """What clients send: the fields that are used, with their limits. Unknown ones are accepted and left alone."""
 
 import math
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
 
 from ktcompile.sampling import Sampling
 from ktcompile.server.errors import ApiError
+from ktcompile.server.prompt import Form
+from ktcompile.server.tools import Tool, Tools
 
 MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH, MAX_BIASES, MAX_TOP_LOGPROBS, MAX_CHOICES = 2048, 16, 256, 1024, 20, 8
+MAX_TOOLS = 256
 """Of one request. A context holds fewer messages; the others are what OpenAI takes, or more."""
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -27,14 +31,32 @@ class Part(Body):
     text: StrictStr | None = None
 
 
+class CalledFunction(Body):
+    """A function that was called, with its arguments as text."""
+
+    name: StrictStr
+    arguments: StrictStr
+
+
+class ToolCall(Body):
+    """A call of an earlier answer."""
+
+    id: StrictStr = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Turn(Body):
-    """A message of a conversation."""
+    """A message of a conversation. A `tool` message is the result of the call `tool_call_id`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: StrictStr | list[Part] | None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_call_id: StrictStr | None = None
+    name: StrictStr | None = None
 
-    def plain(self, index: int) -> dict[str, str]:
-        """Role and text. ApiError for parts that are no text: nothing is ever fetched."""
+    def plain(self, index: int) -> dict[str, Any]:
+        """What `prompt_of` takes. ApiError for parts that are no text: nothing is ever fetched."""
         texts = []
         for part in self.content if isinstance(self.content, list) else ():
             if part.type not in ("text", "input_text") or part.text is None:
@@ -46,7 +68,12 @@ class Turn(Body):
                 )
             texts.append(part.text)
         text = self.content if isinstance(self.content, str) else "".join(texts)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.role == "assistant" and self.tool_calls:
+            found["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.role == "tool":
+            found |= {k: v for k, v in (("tool_call_id", self.tool_call_id), ("name", self.name)) if v is not None}
+        return found
 
 
 class StreamOptions(Body):
@@ -143,31 +170,106 @@ class Generation(Body):
         return found
 
 
+class Function(Body):
+    """A function that may be called."""
+
+    name: StrictStr
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+
+class OfferedTool(Body):
+    """A tool that may be called."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    """By its name."""
+
+    name: StrictStr
+
+
+class NamedTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Body):
+    """The form of an answer."""
+
+    name: StrictStr = ""
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: StrictBool | None = None
+
+
 class ResponseFormat(Body):
     """What form an answer has to have."""
 
-    type: StrictStr = "text"
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    def form(self) -> Form | None:
+        """The form. ApiError for a schema that is missing."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return Form({"type": "object"})
+        if self.json_schema is None:
+            raise refused("response_format", "json_schema without a schema", "{type, json_schema: {name, schema}}")
+        return Form(self.json_schema.schema_, bool(self.json_schema.strict))
 
 
 class ChatRequest(Generation):
-    """`POST /v1/chat/completions`. `tools` are not looked at: an answer is text."""
+    """`POST /v1/chat/completions`."""
 
     messages: list[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: StrictInt | None = None
     response_format: ResponseFormat | None = None
+    tools: list[OfferedTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = None
+    functions: Any = None
+    function_call: Any = None
 
-    def plain(self) -> list[dict[str, str]]:
-        """The conversation as a template takes it. ApiError where the answer has to have a form."""
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ApiError(
-                400,
-                f"response_format {self.response_format.type!r}: this server promises no form; leave it out, or 'text'",
-                param="response_format",
-                code="unsupported_format",
-            )
+    def plain(self) -> list[dict[str, Any]]:
+        """The conversation as `prompt_of` takes it."""
         return [turn.plain(i) for i, turn in enumerate(self.messages)]
+
+    def form(self) -> Form | None:
+        """The form that an answer must have."""
+        return None if self.response_format is None else self.response_format.form()
+
+    def may_call(self) -> Tools:
+        """The tools. ApiError for names that are none or stand twice, and for a choice that is not there."""
+        if self.functions is not None or self.function_call is not None:
+            what = "functions and function_call are not taken; give the same as tools and tool_choice"
+            raise ApiError(400, what, param="functions", code="unsupported_parameter")
+        given = [tool.function for tool in self.tools or ()]
+        choice = self.tool_choice or "auto"
+        for i, function in enumerate(given):
+            if not re.fullmatch(r"[A-Za-z0-9_.:/-]{1,128}", function.name):
+                raise refused(f"tools[{i}].function.name", repr(function.name), "1 to 128 letters, digits, _ - . : /")
+        names = [function.name for function in given]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise refused("tools", f"{twice[0]!r} twice", "each name once")
+        only = choice.function.name if isinstance(choice, NamedTool) else None
+        if only is not None and only not in names:
+            raise refused(
+                "tool_choice", repr(only), f"the tools of the request: {', '.join(names) or 'there are none'}"
+            )
+        if choice == "required" and not names:
+            raise refused("tool_choice", "'required' without tools", "a request with tools")
+        if choice == "none":
+            return Tools()
+        tools = tuple(Tool(f.name, f.description or "", f.parameters, bool(f.strict)) for f in given)
+        return Tools(tools, choice != "auto", only, self.parallel_tool_calls is not False)
 
     def alternatives(self) -> int | None:
         """How many likely tokens are told beside each chosen one; None: not even that one's probability."""

@@ -2,8 +2,10 @@
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from ktcompile.grammar import Grammars
 from ktcompile.sampling import Sampling
 from ktcompile.server.errors import ApiError
 
@@ -42,6 +44,11 @@ class State:
             raise ApiError(
                 404, f"there is no model {name!r} here; there is {self.name!r}", param="model", code="model_not_found"
             )
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Of this model; the first who asks waits until its tokens are compiled."""
+        return Grammars(self.engine.tokenizer, int(self.engine.model.config.vocab_size), self.stop_tokens)
 
     @property
     def bos(self) -> list[int]:

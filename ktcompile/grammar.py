@@ -5,25 +5,29 @@ Grammars are written in llguidance's Lark, in which `%json {schema}` stands for 
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from ktcompile.errors import KtransError
+from ktcompile.grammar_trial import LIMITS, SECONDS
 
-MAX_DEPTH, MAX_KEYS, MAX_TEXT, MAX_GRAMMAR = 64, 2000, 16384, 1 << 18
-"""Of a schema: levels, keys of all objects (root of the sum of squares, as they are compared with each other),
-characters of one text; of a whole grammar: characters. What is within is compiled in less than a second."""
+MAX_DEPTH, MAX_TEXT, MAX_GRAMMAR = 64, 16384, 1 << 18
+"""Of a schema: levels, characters of a text; of a grammar: characters."""
 
-LIMITS = LLParserLimits(verbose_errors=False)
-
-WHITE_SPACE = r"[ ]?|\n[ ]{0,64}"
+WHITE_SPACE = r"[ ]?|\n[ ]{0,32}"
 """Between the parts of JSON: what a printer writes. A model that writes white space for ever would never end."""
 
 
@@ -66,22 +70,73 @@ class Matcher:
 
 
 class Grammars:
-    """Grammars over the tokens of one model; `stop` are those that end an answer. Compiled once: 0.05 s to 1 s."""
+    """Grammars over the tokens of one model; `stop` are those that end an answer.
+
+    Tokens are compiled once, in 0.05 s to 1 s, here and in the process where each grammar is tried first.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, stop: frozenset[int]) -> None:
         size = max(vocabulary, tokenizer.get_vocab_size(with_added_tokens=True))
-        self._tokenizer = LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=sorted(stop))
+        source = tokenizer.to_str()
+        self._given = json.dumps([source, size, sorted(stop)])
+        self._trial: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()  # of the trial
+        self._start_soon()
+        self._tokenizer = LLTokenizer(source, n_vocab=size, eos_token=sorted(stop))
         added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
         self._special = {text: i for text, i in added.items() if self._tokenizer.is_special_token(i)}
 
     def grammar(self, lark: str) -> Grammar:
-        """Compile it. KtransError says what is wrong with it."""
+        """Compile it. KtransError says what is wrong with it, or that it takes too long."""
         if len(lark) > MAX_GRAMMAR:
             raise KtransError(f"it has {len(lark)} characters, {MAX_GRAMMAR} are taken")
-        start = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(lark), log_level=0, limits=LIMITS)
-        if start.is_error():
-            raise KtransError(_first_line(start.get_error()))
-        return Grammar(start)
+        source = LLMatcher.grammar_from_lark(lark)
+        with self._lock:
+            wrong = self._tried(source)
+        if wrong:
+            raise KtransError(_first_line(wrong))
+        return Grammar(LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS))
+
+    def _tried(self, source: str) -> str:
+        """What is wrong with a grammar, found where it can do no harm."""
+        trial = self._started()
+        assert trial.stdin is not None and trial.stdout is not None
+        line = ""
+        with suppress(OSError):
+            trial.stdin.write(json.dumps(source) + "\n")
+            trial.stdin.flush()
+            line = trial.stdout.readline()
+        if line:
+            return str(json.loads(line))
+        self._trial = None
+        self._start_soon()
+        trial.kill()
+        if trial.wait() == -signal.SIGALRM:
+            return f"it takes more than {SECONDS} s to compile"
+        return "it cannot be compiled: the process that tried it broke"
+
+    def _started(self) -> "subprocess.Popen[str]":
+        if self._trial is None:
+            # -P: files of this package are no modules for themselves. A session: Ctrl-C is not for it
+            command = [sys.executable, "-P", str(Path(__file__).with_name("grammar_trial.py"))]
+            pipe, null = subprocess.PIPE, subprocess.DEVNULL
+            self._trial = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=null, text=True, encoding="utf-8", start_new_session=True
+            )
+            assert self._trial.stdin is not None
+            with suppress(OSError):  # one that ends at once is found so by who asks it
+                self._trial.stdin.write(self._given + "\n")
+                self._trial.stdin.flush()
+        return self._trial
+
+    def _start_soon(self) -> None:
+        """Start the process meanwhile, so that who comes next need not wait."""
+
+        def start() -> None:
+            with self._lock:
+                self._started()
+
+        threading.Thread(target=start, name="grammar trial", daemon=True).start()
 
     def literal(self, text: str) -> str:
         """Lark for exactly this text. A special token in it, and no other text like it, is that token."""
@@ -97,37 +152,31 @@ class Grammars:
         return f"{rule}[lazy]: /(.|\\n)*/ {self.literal(mark)}"
 
 
-def json_of(schema: Any, strict: bool) -> str:
+def json_of(schema: Mapping[str, Any], strict: bool) -> str:
     """Lark for the JSON that a schema describes. KtransError for one beyond the limits.
 
     `strict`: what the grammar cannot promise is refused when it is compiled, else left alone.
     """
-    _measure(schema)
-    if isinstance(schema, Mapping):
-        schema = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": not strict}}
-    return "%json " + json.dumps(schema)
+    check_schema(schema)
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": not strict}})
 
 
-def _measure(schema: Any) -> None:
-    keys = 0
-    level = [schema]
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """KtransError for a schema beyond the limits, whether or not a grammar is made of it."""
+    level: list[Any] = [schema]
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for value in level:
             if isinstance(value, str) and len(value) > MAX_TEXT:
                 raise KtransError(f"a text of {len(value)} characters, {MAX_TEXT} are taken")
             if isinstance(value, Mapping):
-                keys += len(value) ** 2
                 below += [*value, *value.values()]
             elif isinstance(value, list):
                 below += value
         if not below:
-            break
+            return
         level = below
-    else:
-        raise KtransError(f"it has more than {MAX_DEPTH} levels")
-    if keys > MAX_KEYS**2:
-        raise KtransError(f"objects with too many keys: one may have {MAX_KEYS}")
+    raise KtransError(f"it has more than {MAX_DEPTH} levels")
 
 
 def _quoted(text: str) -> str:
@@ -138,4 +187,4 @@ def _first_line(text: str) -> str:
     return text.partition("\n")[0]
 
 
-__all__ = ["Grammar", "Grammars", "Matcher", "json_of"]
+__all__ = ["Grammar", "Grammars", "Matcher", "check_schema", "json_of"]

@@ -143,6 +143,7 @@ def serve(
             server.should_exit = True
             return
         ready()
+        _ = state.grammars  # so that nobody waits for it
 
     app = create_app(state, key=key, hosts=hosts)
     config = uvicorn.Config(

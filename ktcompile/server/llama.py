@@ -1,14 +1,15 @@
 """What llama.cpp's server says about itself, so that its clients configure themselves: health, props, tokens."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import StrictBool, StrictInt, StrictStr
 
-from ktcompile.generate import encode_chat
 from ktcompile.server.errors import ApiError
-from ktcompile.server.requests import MAX_MESSAGES, Body, Turn
+from ktcompile.server.prompt import prompt_of
+from ktcompile.server.requests import Body, ChatRequest
 from ktcompile.server.state import State
 
 router = APIRouter()
@@ -26,12 +27,6 @@ class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     tokens: list[StrictInt]
-
-
-class TemplateRequest(Body):
-    """`POST /apply-template`."""
-
-    messages: list[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
 
 
 def state_of(request: Request) -> State:
@@ -105,12 +100,12 @@ async def detokenize(request: Request, given: DetokenizeRequest) -> dict[str, st
 
 
 @router.post("/apply-template")
-async def apply_template(request: Request, given: TemplateRequest) -> dict[str, str]:
+async def apply_template(request: Request, given: ChatRequest) -> dict[str, str]:
     """The prompt that a conversation becomes."""
     state = state_of(request)
     state.ready()
-    ids = encode_chat(state.tokenizer, [turn.plain(i) for i, turn in enumerate(given.messages)])
-    return {"prompt": state.tokenizer.decode(ids)}
+    prompt = await asyncio.to_thread(prompt_of, state, given.plain(), given.may_call())
+    return {"prompt": state.tokenizer.decode(prompt.ids)}
 
 
 __all__ = ["router", "state_of"]

@@ -1,12 +1,15 @@
 """From a conversation to what the engine takes: the tokens of the prompt, and the form that the answer has to have."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from ktcompile.errors import KtransError
 from ktcompile.generate import encode_chat
-from ktcompile.grammar import Grammar, json_of
+from ktcompile.grammar import Grammar, check_schema, json_of
+from ktcompile.grammar_trial import SECONDS
 from ktcompile.server.answers import Deltas
 from ktcompile.server.calls import Format
 from ktcompile.server.errors import ApiError
@@ -50,40 +53,62 @@ def prompt_of(
     `messages` are in OpenAI's form: `role`, `content` (text), `tool_calls` with arguments as text, `tool_call_id`.
     ApiError 400 for a schema that cannot be held.
     """
+    for i, tool in enumerate(tools.offered):
+        with _refusing(f"tools[{i}]"):
+            check_schema(tool.schema)
     template = Template.of(str(state.tokenizer.get_chat_template(None, [{}] if tools.offered else None)))
     told = template.messages(messages, tools.offered)
     given = [tool.json() for tool in tools.offered] if template.takes_tools else []
     ids = encode_chat(state.tokenizer, told, f"{OPEN}\n" if state.think else "", given)
-    thinks = str(state.tokenizer.decode(ids[-8:])).rstrip().endswith(OPEN)
+    end = str(state.tokenizer.decode(ids[-8:])).rstrip()
+    thinks = end.endswith(OPEN)
+    thought = "thought" if thinks else "thought?" if template.thinks and not end.endswith(CLOSE) else ""
+    grammar = _grammar(state, thought, template.format, tools, form)
     if not tools.offered:
-        return Prompt(tuple(ids), thinks, _grammar(state, thinks, None, tools, form))
-    format = template.format
-    is_special = any(token in format.written([("", "")]) for token in state.tokenizer.all_special_tokens)
-    grammar = _grammar(state, thinks, format, tools, form)
-    return Prompt(tuple(ids), thinks, grammar, format, tools.names, not is_special)
+        return Prompt(tuple(ids), thinks, grammar)
+    marks = template.format.written([("", "")])
+    skip_special = not any(token in marks for token in state.tokenizer.all_special_tokens)
+    return Prompt(tuple(ids), thinks, grammar, template.format, tools.names, skip_special)
 
 
-def _grammar(state: State, thinks: bool, format: Format | None, tools: Tools, form: Form | None) -> Grammar | None:
-    """Of an answer that must call a tool, or be JSON, or if it may call one either."""
+def _grammar(state: State, thought: str, format: Format, tools: Tools, form: Form | None) -> Grammar | None:
+    """Of an answer that must call a tool, or be JSON, or where it only may call one either, after its `thought`."""
     if form is None and not tools.must:
         return None
     grammars = state.grammars
-    answers: list[str] = []
-    rules: list[str] = []
-    where = "response_format"
-    try:
-        if form is not None and not tools.must:
-            answers.append("text")
+    parts: list[tuple[str, Mapping[str, Any], bool]] = []  # what is to blame, and its schema
+    answers, rules = [], []
+    if form is not None and not tools.must:
+        parts.append(("response_format", form.schema, form.strict))
+        with _refusing("response_format"):
             rules.append(f"text: {json_of(form.schema, form.strict)}")
-        if format is not None:
-            where = "tools"
-            answers.append("calls")
-            rules.append(calls_rules(grammars, format, tools))
-        if thinks:
-            rules.append("thought: until /\\s{0,4}/\n" + grammars.text_until(CLOSE, "until"))
-        return grammars.grammar("\n".join([f"start: {'thought' * thinks} ({' | '.join(answers)})", *rules]))
+        answers.append("text")
+    if tools.offered:
+        parts += [(f"tools[{i}]", tool.schema, tool.strict) for i, tool in enumerate(tools.offered)]
+        rules.append(calls_rules(grammars, format, tools))
+        answers.append("calls")
+    if thought:
+        begin = "" if thought == "thought" else grammars.literal(OPEN)
+        rules += [f"thought: {begin} until /\\s{{0,4}}/", grammars.text_until(CLOSE, "until")]
+    begun = time.monotonic()
+    with _refusing("tools" if tools.offered else "response_format"):
+        try:
+            return grammars.grammar("\n".join([f"start: {thought} ({' | '.join(answers)})", *rules]))
+        except KtransError:
+            if time.monotonic() - begun < SECONDS / 2:  # there is time to look whose fault it is
+                for name, schema, strict in parts:
+                    with _refusing(name):
+                        grammars.grammar(f"start: {json_of(schema, strict)}")
+            raise
+
+
+@contextmanager
+def _refusing(param: str) -> Iterator[None]:
+    """400 for a schema that is refused inside."""
+    try:
+        yield
     except KtransError as error:
-        raise ApiError(400, f"{where}: {error}", param=where, code="invalid_schema") from error
+        raise ApiError(400, f"{param}: the schema: {error}", param=param, code="invalid_schema") from error
 
 
 __all__ = ["Form", "Prompt", "prompt_of"]

@@ -68,4 +68,4 @@ def _pending(text: str) -> int:
     return tag + len(before) - len(before.rstrip())
 
 
-__all__ = ["Thoughts"]
+__all__ = ["CLOSE", "OPEN", "Thoughts"]

@@ -8,6 +8,10 @@ from typing import Any
 
 from ktcompile.grammar import Grammars, json_of
 from ktcompile.server.calls import DEEPSEEK, DEEPSEEK_V3, HERMES, PLAIN, Format
+from ktcompile.server.thoughts import OPEN
+
+MAX_CALLS = 16
+"""Of an answer that must call: one that must not end could go on for ever."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +55,27 @@ class Tools:
 class Template:
     """What a chat template knows. `format`: of the calls that it writes; `takes_tools`: it tells the model of tools.
 
-    One that knows another format than those of `calls.py`, or none, gets calls and their results as text.
+    One that knows another format than those of `calls.py`, or none, gets calls and their results as text. `thinks`: an
+    answer may begin with a thought.
     """
 
     format: Format
     is_native: bool = False
     takes_tools: bool = False
     takes_text: bool = False  # arguments as text, not as an object
+    thinks: bool = False
 
     @staticmethod
     def of(source: str) -> "Template":
         """From its source."""
         takes_tools = re.search(r"(?<![.\w'\"])tools\b", source) is not None
+        thinks = OPEN in source
         if "<｜tool▁calls▁begin｜>" in source:
             takes_text = re.search(r"arguments['\"\])]*\s*\|\s*tojson", source) is None
-            return Template(DEEPSEEK_V3 if "```json" in source else DEEPSEEK, True, takes_tools, takes_text)
+            return Template(DEEPSEEK_V3 if "```json" in source else DEEPSEEK, True, takes_tools, takes_text, thinks)
         if "<tool_call>" in source and re.search(r'\\?"arguments\\?"', source):
-            return Template(HERMES, True, takes_tools)
-        return Template(PLAIN)
+            return Template(HERMES, True, takes_tools, thinks=thinks)
+        return Template(PLAIN, thinks=thinks)
 
     def messages(self, given: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
         """A conversation in OpenAI's form, contents being text, as the template takes it, with what it does not say."""
@@ -129,7 +136,7 @@ def calls_rules(grammars: Grammars, format: Format, tools: Tools) -> str:
     """Lark rules in which `calls` is what must be called, in the model's format. KtransError for a bad schema."""
     offered = [tool for tool in tools.offered if tools.only in (None, tool.name)]
     one = " | ".join(f"call_{i}" for i in range(len(offered)))
-    several = f"({grammars.literal(format.between)} call)*" if tools.parallel else ""
+    several = f"({grammars.literal(format.between)} call){{0,{MAX_CALLS - 1}}}" if tools.parallel else ""
     rules = [f"calls: {grammars.literal(format.begin)} call {several} {grammars.literal(format.end)}", f"call: {one}"]
     close = grammars.literal(format.close)
     for i, tool in enumerate(offered):

@@ -27,6 +27,9 @@ from ktcompile.grammar_trial import LIMITS, SECONDS
 MAX_DEPTH, MAX_TEXT, MAX_GRAMMAR = 64, 16384, 1 << 18
 """Of a schema: levels, characters of a text; of a grammar: characters."""
 
+MAX_ERROR = 300
+"""Characters of an error: some repeat the schema."""
+
 WHITE_SPACE = r"[ ]?|\n[ ]{0,32}"
 """Between the parts of JSON: what a printer writes. A model that writes white space for ever would never end."""
 
@@ -66,7 +69,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise KtransError(f"the grammar of the answer: {_first_line(self._matcher.get_error())}")
+            raise KtransError(f"the grammar of the answer: {_plain(self._matcher.get_error())}")
 
 
 class Grammars:
@@ -94,7 +97,7 @@ class Grammars:
         with self._lock:
             wrong = self._tried(source)
         if wrong:
-            raise KtransError(_first_line(wrong))
+            raise KtransError(_plain(wrong))
         return Grammar(LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS))
 
     def _tried(self, source: str) -> str:
@@ -183,8 +186,10 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]
+def _plain(error: str) -> str:
+    """llguidance's error without what it quotes of a grammar that nobody wrote."""
+    lines = [line.strip() for line in re.sub(r"^at \d+\(\d+\): ", "", error).splitlines()]
+    return " ".join(line for line in lines if line and not re.match(r"\d+ \||\^+$", line))[:MAX_ERROR]
 
 
 __all__ = ["Grammar", "Grammars", "Matcher", "check_schema", "json_of"]

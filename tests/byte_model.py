@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -31,6 +31,7 @@ class Tokens:
     def __init__(self) -> None:
         names = bytes_to_unicode()
         self.backend_tokenizer = Tokenizer(BPE({names[i]: i for i in range(256)}, []))
+        self.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self.backend_tokenizer.decoder = decoders.ByteLevel()
 
 

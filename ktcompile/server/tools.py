@@ -32,8 +32,8 @@ class Tool:
 
     def json(self) -> dict[str, Any]:
         """As templates take it."""
-        function = {"name": self.name, "description": self.description, "parameters": self.schema}
-        return {"type": "function", "function": function}
+        told = {"description": self.description} if self.description else {}
+        return {"type": "function", "function": {"name": self.name, **told, "parameters": self.schema}}
 
 
 @dataclass(frozen=True)

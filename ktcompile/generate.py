@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ktcompile.cache import PagedCache
 from ktcompile.errors import CapacityError
@@ -146,7 +147,11 @@ def encode_chat(
 
     given = [marked(message) for message in messages]
     known = [marked(tool) for tool in tools] or None
-    text = str(tokenizer.apply_chat_template(given, known, add_generation_prompt=True, tokenize=False)) + suffix
+    names = tokenizer.special_tokens_map
+    template = tokenizer.get_chat_template(None, known)
+    # not by apply_chat_template, which drops a content that is None: DeepSeek's template asks for it
+    (text,), _ = render_jinja_template([given], known, chat_template=template, add_generation_prompt=True, **names)
+    text += suffix
     ids: list[int] = []
     for piece in filter(None, re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]):
         plain = {"split_special_tokens": True} if piece in marks else {}

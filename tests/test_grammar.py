@@ -18,7 +18,10 @@ from ktcompile.sampling import Sampling
 STOP = 200
 PERSON: dict[str, Any] = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "minimum": 0, "maximum": 150}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+    },
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -162,7 +165,8 @@ def test_what_is_refused(grammars: Grammars, schema: dict[str, Any], why: str) -
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a?){100}a{100}", "^(([a-z])+.)+[A-Z]([a-z])+$", "(x+x+)+y", "(a|b)*a(a|b){200}", "((a{1000}){1000}){9}"]
+    "pattern",
+    ["(a?){100}a{100}", "^(([a-z])+.)+[A-Z]([a-z])+$", "(x+x+)+y", "(a|b)*a(a|b){200}", "((a{1000}){1000}){9}"],
 )
 def test_catastrophic_patterns_are_none_here(grammars: Grammars, pattern: str) -> None:
     """They are automata whose states are made as they are needed: nothing is tried twice."""

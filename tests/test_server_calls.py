@@ -49,6 +49,12 @@ def soup(format: Format) -> st.SearchStrategy[str]:
     )
 
 
+def test_a_call_inside_of_half_a_call() -> None:
+    text = '<tool_call>\n{"name": "<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    for pieces in ([text], list(text)):
+        assert parted(pieces, HERMES) == ('<tool_call>\n{"name": "', [("f", "{}")])
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @given(data=st.data(), places=st.lists(st.integers(0, 300), max_size=60))
 def test_pieces_do_not_matter(name: str, data: st.DataObject, places: list[int]) -> None:

@@ -83,9 +83,9 @@ DEEPSEEK = Format(
     *_DEEPSEEK_RULES,
 )
 
-_HERMES_HEAD = regex.compile(
-    rf"{SPACE}<tool_call>{SPACE}(?:{_JSON_HEAD}|(?P<whole>\{{.{{0,{MAX_HELD}}}?\}}){SPACE}</tool_call>)", regex.DOTALL
-)
+# A search prefers what is complete to what may become so before it: neither may hold the beginning of another.
+_WHOLE = rf"(?P<whole>\{{(?:(?!<tool_call>).){{0,{MAX_HELD}}}?\}}){SPACE}</tool_call>"
+_HERMES_HEAD = regex.compile(rf"{SPACE}<tool_call>{SPACE}(?:{_JSON_HEAD}|{_WHOLE})", regex.DOTALL)
 HERMES = Format(
     "",
     '<tool_call>\n{"name": "',

@@ -67,7 +67,8 @@ def prompt_of(
     if not tools.offered:
         return Prompt(tuple(ids), thinks, grammar)
     marks = template.format.written([("", "")])
-    skip_special = not any(token in marks for token in state.tokenizer.all_special_tokens)
+    added = state.tokenizer.added_tokens_decoder.values()
+    skip_special = not any(token.special and token.content in marks for token in added)
     return Prompt(tuple(ids), thinks, grammar, template.format, tools.names, skip_special)
 
 

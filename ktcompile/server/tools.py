@@ -63,6 +63,7 @@ class Template:
     is_native: bool = False
     takes_tools: bool = False
     takes_text: bool = False  # arguments as text, not as an object
+    takes_none: bool = False  # as content, where there are calls alone
     thinks: bool = False
 
     @staticmethod
@@ -72,7 +73,7 @@ class Template:
         thinks = OPEN in source
         if "<｜tool▁calls▁begin｜>" in source:
             takes_text = re.search(r"arguments['\"\])]*\s*\|\s*tojson", source) is None
-            return Template(DEEPSEEK_V3 if "```json" in source else DEEPSEEK, True, takes_tools, takes_text, thinks)
+            return Template(DEEPSEEK_V3 if "```json" in source else DEEPSEEK, True, takes_tools, takes_text, True, thinks)
         if "<tool_call>" in source and re.search(r'\\?"arguments\\?"', source):
             return Template(HERMES, True, takes_tools, thinks=thinks)
         return Template(PLAIN, thinks=thinks)
@@ -96,7 +97,8 @@ class Template:
             if not self.takes_text:
                 arguments = _object(arguments)
             calls.append({**call, "function": {**call["function"], "arguments": arguments}})
-        return {**message, "content": message["content"] or None, "tool_calls": calls}
+        content = message["content"] or (None if self.takes_none else "")
+        return {**message, "content": content, "tool_calls": calls}
 
     def _texts(self, given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Calls as the text that they were, results as what the user says."""

@@ -147,7 +147,7 @@ def encode_chat(
 
     given = [marked(message) for message in messages]
     known = [marked(tool) for tool in tools] or None
-    names = tokenizer.special_tokens_map
+    names: dict[str, Any] = dict(tokenizer.special_tokens_map)
     template = tokenizer.get_chat_template(None, known)
     # not by apply_chat_template, which drops a content that is None: DeepSeek's template asks for it
     (text,), _ = render_jinja_template([given], known, chat_template=template, add_generation_prompt=True, **names)

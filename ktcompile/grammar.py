@@ -89,15 +89,18 @@ class Grammars:
         added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
         self._special = {text: i for text, i in added.items() if self._tokenizer.is_special_token(i)}
 
-    def grammar(self, lark: str) -> Grammar:
-        """Compile it. KtransError says what is wrong with it, or that it takes too long."""
-        if len(lark) > MAX_GRAMMAR:
-            raise KtransError(f"it has {len(lark)} characters, {MAX_GRAMMAR} are taken")
-        source = LLMatcher.grammar_from_lark(lark)
+    def grammar(self, rules: str, before: str = "", more: str = "") -> Grammar:
+        """Compile the rule `answer` and its others. `before`: what may stand before it, with `more` rules, not tried.
+
+        KtransError says what is wrong with it, or that it takes too long.
+        """
+        if len(rules) > MAX_GRAMMAR:
+            raise KtransError(f"it has {len(rules)} characters, {MAX_GRAMMAR} are taken")
         with self._lock:
-            wrong = self._tried(source)
+            wrong = self._tried(LLMatcher.grammar_from_lark(f"start: answer\n{rules}"))
         if wrong:
             raise KtransError(_plain(wrong))
+        source = LLMatcher.grammar_from_lark(f"start: {before} answer\n{rules}\n{more}")
         return Grammar(LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS))
 
     def _tried(self, source: str) -> str:

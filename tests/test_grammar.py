@@ -34,7 +34,7 @@ def grammars() -> Grammars:
 
 @pytest.fixture(scope="module")
 def person(grammars: Grammars) -> Grammar:
-    return grammars.grammar(f"start: {json_of(PERSON, True)}")
+    return grammars.grammar(f"answer: {json_of(PERSON, True)}")
 
 
 def asked(grammar: Grammar | None, seed: int, most: int = 120, **more: Any) -> Request:
@@ -72,7 +72,7 @@ def test_it_ends_where_the_grammar_does(person: Grammar, grammars: Grammars) -> 
     assert cut[2].reason == "length" and cut[0] == text[:5]
     exact = answers([asked(person, 1, len(tokens))])[0]
     assert (exact[0], exact[2].reason) == (text, "stop")
-    matcher = grammars.grammar('start: "a" "b"?').matcher()
+    matcher = grammars.grammar('answer: "a" "b"?').matcher()
     assert matcher.allowed().nonzero().flatten().tolist() == [ord("a")]
     matcher.push(ord("a"))
     assert matcher.allowed().nonzero().flatten().tolist() == [ord("b"), STOP]
@@ -96,7 +96,7 @@ def test_logarithms_are_those_of_the_model(person: Grammar) -> None:
 
 
 def test_a_grammar_that_grows_too_large_ends_its_request_alone(grammars: Grammars, person: Grammar) -> None:
-    growing = grammars.grammar(f"start: {json_of({'type': 'string', 'pattern': '(.{1,300}){1,300}'}, True)}")
+    growing = grammars.grammar(f"answer: {json_of({'type': 'string', 'pattern': '(.{1,300}){1,300}'}, True)}")
     broken, fine, free = answers([asked(growing, 1), asked(person, 1), asked(None, 3)])
     assert broken[2].reason == "error" and "grammar" in broken[2].message
     assert fine[:2] == answers([asked(person, 1)])[0][:2] and free[:2] == answers([asked(None, 3)])[0][:2]
@@ -105,7 +105,7 @@ def test_a_grammar_that_grows_too_large_ends_its_request_alone(grammars: Grammar
 def test_whatever_is_allowed_is_json(grammars: Grammars) -> None:
     inner = {"type": "array", "items": {"enum": ["é", 1, None, {"a": []}]}, "maxItems": 3}
     schema = {"type": "object", "properties": {"list": inner}, "required": ["list"], "additionalProperties": False}
-    grammar = grammars.grammar(f"start: {json_of(schema, True)}")
+    grammar = grammars.grammar(f"answer: {json_of(schema, True)}")
     for seed in range(20):
         said, matcher, draw = bytearray(), grammar.matcher(), random.Random(seed)
         while not matcher.is_complete:
@@ -156,12 +156,12 @@ BUSHES = {"$defs": {"a": {"anyOf": [{"type": "array", "items": {"$ref": "#/$defs
     ],
 )  # fmt: skip
 def test_what_is_refused(grammars: Grammars, schema: dict[str, Any], why: str) -> None:
-    grammars.grammar('start: "ready"')  # the process may just have begun
+    grammars.grammar('answer: "ready"')  # the process may just have begun
     start = time.perf_counter()
     with pytest.raises(KtransError, match=why):
-        grammars.grammar(f"start: {json_of(schema, True)}")
+        grammars.grammar(f"answer: {json_of(schema, True)}")
     assert time.perf_counter() - start < SECONDS + 0.3
-    assert grammars.grammar('start: "a"').matcher().allowed().sum() == 1
+    assert grammars.grammar('answer: "a"').matcher().allowed().sum() == 1
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_what_is_refused(grammars: Grammars, schema: dict[str, Any], why: str) -
 )
 def test_catastrophic_patterns_are_none_here(grammars: Grammars, pattern: str) -> None:
     """They are automata whose states are made as they are needed: nothing is tried twice."""
-    matcher = grammars.grammar(f"start: {json_of({'type': 'string', 'pattern': pattern}, True)}").matcher()
+    matcher = grammars.grammar(f"answer: {json_of({'type': 'string', 'pattern': pattern}, True)}").matcher()
     start = time.perf_counter()
     draw = random.Random(0)
     for _ in range(50):
@@ -184,17 +184,17 @@ def test_catastrophic_patterns_are_none_here(grammars: Grammars, pattern: str) -
 def test_what_no_grammar_can_promise_is_left_alone_if_not_strict(grammars: Grammars) -> None:
     schema = {"type": "array", "uniqueItems": True, "items": {"type": "string", "format": "nonsense"}}
     with pytest.raises(KtransError, match="Unimplemented"):
-        grammars.grammar(f"start: {json_of(schema, True)}")
-    assert grammars.grammar(f"start: {json_of(schema, False)}").matcher().allowed()[ord("[")]
+        grammars.grammar(f"answer: {json_of(schema, True)}")
+    assert grammars.grammar(f"answer: {json_of(schema, False)}").matcher().allowed()[ord("[")]
 
 
 def test_a_process_that_breaks_is_started_again(grammars: Grammars) -> None:
-    grammars.grammar('start: "a"')
+    grammars.grammar('answer: "a"')
     assert grammars._trial is not None
     grammars._trial.kill()
     with pytest.raises(KtransError, match="broke"):
-        grammars.grammar('start: "a"')
-    grammars.grammar('start: "a"')
+        grammars.grammar('answer: "a"')
+    grammars.grammar('answer: "a"')
 
 
 def test_depth_is_looked_at_without_depth() -> None:

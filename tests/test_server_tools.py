@@ -106,7 +106,7 @@ def test_what_the_model_is_told(name: str, golden: Golden) -> None:
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_it_must_write_is_read(name: str, tools: Tools) -> None:
     """Whatever of the allowed tokens comes, it is calls of these tools, with arguments as their schemas say."""
-    source, format = SOURCES[name]
+    source, _ = SOURCES[name]
     special = [mark for mark in ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁end｜>", "<tool_call>") if mark in source]
     state = state_with(source, *special)
     prompt = prompt_of(state, TURNS[:2], tools)
@@ -169,7 +169,7 @@ TOOLS = [tool("get_weather", WEATHER, description="Weather of a city.", strict=T
 
 
 def ask(served: Served, **given: Any) -> Any:
-    given = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 60} | given
+    given = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 200} | given
     return served.client.chat.completions.create(**given)
 
 
@@ -238,7 +238,7 @@ def test_json_of_a_schema(served: Served) -> None:
     choice = ask(served, response_format=form).choices[0]
     assert choice.finish_reason == "stop"
     Weather.model_validate_json(choice.message.content)
-    given: Any = {"model": "tiny", "messages": QUESTION, "max_tokens": 100, "temperature": 1.0, "seed": 5, "n": 3}
+    given: Any = {"model": "tiny", "messages": QUESTION, "max_tokens": 200, "temperature": 1.0, "seed": 5, "n": 3}
     parsed = served.client.chat.completions.parse(response_format=Short, **given)
     assert all(choice.message.parsed.kind in ("a", "b") for choice in parsed.choices)
     texts = "".join(c.choices[0].delta.content or "" for c in ask(served, response_format=form, stream=True))
@@ -252,6 +252,11 @@ def test_a_json_object(served: Served) -> None:
     assert choice.message.content.startswith("{")
 
 
+NAMED_F = {"type": "function", "function": {"name": "f"}}
+REMOTE = {"$ref": "http://127.0.0.1:9/"}
+UNKNOWN = {"properties": {"a": {"not": {}}}}
+
+
 @pytest.mark.parametrize(
     ("change", "param", "code"),
     [
@@ -259,11 +264,11 @@ def test_a_json_object(served: Served) -> None:
         ({"tools": [tool("a b")]}, "tools[0].function.name", "invalid_value"),
         ({"tools": [tool("f"), tool("f")]}, "tools", "invalid_value"),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type", "invalid_value"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "invalid_value"),
+        ({"tools": TOOLS, "tool_choice": NAMED_F}, "tool_choice", "invalid_value"),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
         ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
-        ({"tools": [tool("f"), tool("g", {"$ref": "http://127.0.0.1:9/"})], "tool_choice": "required"}, "tools[1]", "invalid_schema"),
-        ({"tools": [tool("f", {"properties": {"a": {"not": {}}}}, strict=True)], "tool_choice": "required"}, "tools[0]", "invalid_schema"),
+        ({"tools": [tool("f"), tool("g", REMOTE)], "tool_choice": "required"}, "tools[1]", "invalid_schema"),
+        ({"tools": [tool("f", UNKNOWN, strict=True)], "tool_choice": "required"}, "tools[0]", "invalid_schema"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
         ({"response_format": {"type": "yaml"}}, "response_format.type", "invalid_value"),
     ],

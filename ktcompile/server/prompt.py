@@ -88,18 +88,17 @@ def _grammar(state: State, thought: str, format: Format, tools: Tools, form: For
         parts += [(f"tools[{i}]", tool.schema, tool.strict) for i, tool in enumerate(tools.offered)]
         rules.append(calls_rules(grammars, format, tools))
         answers.append("calls")
-    if thought:
-        begin = "" if thought == "thought" else grammars.literal(OPEN)
-        rules += [f"thought: {begin} until /\\s{{0,4}}/", grammars.text_until(CLOSE, "until")]
+    begin = "" if thought == "thought" else grammars.literal(OPEN)
+    more = f"thought: {begin} until /\\s{{0,4}}/\n{grammars.text_until(CLOSE, 'until')}" if thought else ""
     begun = time.monotonic()
     with _refusing("tools" if tools.offered else "response_format"):
         try:
-            return grammars.grammar("\n".join([f"start: {thought} ({' | '.join(answers)})", *rules]))
+            return grammars.grammar("\n".join([f"answer: {' | '.join(answers)}", *rules]), thought, more)
         except KtransError:
             if time.monotonic() - begun < SECONDS / 2:  # there is time to look whose fault it is
                 for name, schema, strict in parts:
                     with _refusing(name):
-                        grammars.grammar(f"start: {json_of(schema, strict)}")
+                        grammars.grammar(f"answer: {json_of(schema, strict)}")
             raise
 
 

@@ -73,7 +73,9 @@ class Template:
         thinks = OPEN in source
         if "<｜tool▁calls▁begin｜>" in source:
             takes_text = re.search(r"arguments['\"\])]*\s*\|\s*tojson", source) is None
-            return Template(DEEPSEEK_V3 if "```json" in source else DEEPSEEK, True, takes_tools, takes_text, True, thinks)
+            return Template(
+                DEEPSEEK_V3 if "```json" in source else DEEPSEEK, True, takes_tools, takes_text, True, thinks
+            )
         if "<tool_call>" in source and re.search(r'\\?"arguments\\?"', source):
             return Template(HERMES, True, takes_tools, thinks=thinks)
         return Template(PLAIN, thinks=thinks)

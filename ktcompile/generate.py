@@ -150,8 +150,8 @@ def encode_chat(
     names: dict[str, Any] = dict(tokenizer.special_tokens_map)
     template = tokenizer.get_chat_template(None, known)
     # not by apply_chat_template, which drops a content that is None: DeepSeek's template asks for it
-    (text,), _ = render_jinja_template([given], known, chat_template=template, add_generation_prompt=True, **names)
-    text += suffix
+    rendered = render_jinja_template([given], known, chat_template=template, add_generation_prompt=True, **names)
+    text = f"{rendered[0][0]}{suffix}"
     ids: list[int] = []
     for piece in filter(None, re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]):
         plain = {"split_special_tokens": True} if piece in marks else {}

@@ -6,7 +6,8 @@
 Each user asks for `new` tokens after a prompt of `prompt` random tokens that nobody else has, all at the same time;
 `tok_s` are tokens of answers over the whole time, prompts included, the median of `runs`. `overhead` is the share of a
 step that is not the model's. `prefix` is the milliseconds to the first token of a prompt of `prefix` tokens and of a
-second one that begins with these. `beside` says how long the steps of one answer were while another prompt was read.
+second one that begins with these. `grammar` is the last of `users` again, whose answers are JSON by a schema. `beside`
+says how long the steps of one answer were while another prompt was read.
 """
 
 import argparse
@@ -21,6 +22,8 @@ import torch
 import ktcompile
 from ktcompile.checkpoint import open_checkpoint
 from ktcompile.engine import Engine
+from ktcompile.generate import stop_tokens
+from ktcompile.grammar import Grammar, Grammars, json_of
 from ktcompile.model import torch_threads
 from ktcompile.request import Piece, Request
 from ktcompile.sampling import Sampling
@@ -34,14 +37,16 @@ def prompt(count: int, vocabulary: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
-def users(engine: Engine, count: int, args: argparse.Namespace, vocabulary: int) -> dict[str, float]:
+def users(
+    engine: Engine, count: int, args: argparse.Namespace, vocabulary: int, grammar: Grammar | None = None
+) -> dict[str, float]:
     """`count` of them at once, `runs` times after one that does not count."""
     rates, shares, per_step = [], [], []
     for run in range(args.runs + 1):
         prompts = [prompt(args.prompt, vocabulary, 1000 * count + 100 * run + user) for user in range(count)]
         before = engine.statistics
         start = time.perf_counter()
-        handles = [engine.submit(Request(ids, args.new, GREEDY)) for ids in prompts]
+        handles = [engine.submit(Request(ids, args.new, GREEDY, grammar=grammar)) for ids in prompts]
         said = sum(len(h.result()[1]) for h in handles)
         took = time.perf_counter() - start
         after = engine.statistics
@@ -97,6 +102,10 @@ def main() -> None:
         found["users"][count] = users(engine, count, args, vocabulary)
     rates = [row["tok_s"] for row in found["users"].values()]
     found["gain"] = rates[-1] / rates[0]
+    stop = stop_tokens(opened.tokenizer, opened.generation)
+    numbers = {"type": "array", "items": {"type": "integer"}, "minItems": args.new}
+    grammar = Grammars(engine.tokenizer, vocabulary, stop).grammar(f"answer: {json_of(numbers, True)}")
+    found["grammar"] = users(engine, counts[-1], args, vocabulary, grammar)
     times: list[tuple[float, float]] = []
     for run in range(args.runs):
         engine.clear_prefixes()

@@ -122,7 +122,7 @@ class Grammars:
         return "it cannot be compiled: the process that tried it broke"
 
     def _started(self) -> "subprocess.Popen[str]":
-        if self._trial is None:
+        if self._trial is None or self._trial.poll() is not None:
             # -P: files of this package are no modules for themselves. A session: Ctrl-C is not for it
             command = [sys.executable, "-P", str(Path(__file__).with_name("grammar_trial.py"))]
             pipe, null = subprocess.PIPE, subprocess.DEVNULL

@@ -135,6 +135,17 @@ def test_what_it_must_write_is_read(name: str, tools: Tools) -> None:
             assert arguments == {} if called == "get_time" else arguments["days"] in (1, 2, 3)
 
 
+def test_special_tokens_of_tools_stay_text() -> None:
+    """In what is told of them, and in calls and results."""
+    end = "<｜end▁of▁sentence｜>"
+    state = state_with(HERMES_SOURCE)
+    call = {"id": "c", "type": "function", "function": {"name": "get_time", "arguments": f'{{"a": "{end}"}}'}}
+    turns = [*QUESTION, {"role": "assistant", "content": end, "tool_calls": [call]}, {"role": "tool", "content": end}]
+    prompt = prompt_of(state, turns, Tools((Tool("get_time", f"Time{end}", {"properties": {end: {}}}),)))
+    text = state.tokenizer.decode(prompt.ids)
+    assert text.count(end) == 5 and state.tokenizer.eos_token_id not in prompt.ids
+
+
 def test_a_thought_may_come_first() -> None:
     """As it must where the prompt ends inside of one."""
     state = state_with("{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>\\n' if not tools }}")

@@ -165,6 +165,7 @@ def test_infill(served: Served) -> None:
     stream = served.http.post("/infill", json=body | {"stream": True}).text
     parts = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: ")]
     assert "".join(p["content"] for p in parts) == whole["content"] and [p["stop"] for p in parts].count(True) == 1
+    assert "[DONE]" not in stream
     extra = [{"filename": "a.py", "text": "x = 1\n" * 2000}]
     long = served.post("/infill", body | {"input_extra": extra, "input_prefix": "y = 2\n" * 3000, "prompt": "z ="})
     assert long.status_code == 200 and long.json()["tokens_evaluated"] < 1024
@@ -255,6 +256,16 @@ def test_special_tokens_of_a_user_stay_text(served: Served) -> None:
     prompt = served.post("/apply-template", {"messages": turns}).json()["prompt"]
     given = served.post("/tokenize", {"content": turns[0]["content"], "parse_special": False}).json()["tokens"]
     assert "<｜end▁of▁sentence｜>" in prompt and len(given) > 8
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/infill"])
+def test_a_stream_says_that_it_lives(served: Served, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setattr("ktcompile.server.answers.PING_SECONDS", 1e-4)
+    body = {"messages": QUESTION, "prompt": "Once", "stream": True, "temperature": 0, "max_tokens": 8}
+    stream = served.post(path, body)
+    assert ": keep-alive\n\n" in stream.text
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    assert (stream.headers["cache-control"], stream.headers["x-accel-buffering"]) == ("no-cache", "no")
 
 
 def test_who_goes_is_not_worked_for(served: Served) -> None:

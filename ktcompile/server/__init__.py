@@ -67,23 +67,23 @@ def create_app(state: State, *, key: str | None = None, hosts: tuple[str, ...] |
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(ApiError)
-    async def told(_: Request, error: ApiError) -> Response:
-        return JSONResponse(error.json(), error.status, error.headers)
+    async def told(request: Request, error: ApiError) -> Response:
+        return JSONResponse(error.json(request.url.path), error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-        return JSONResponse(ApiError(400, f"{where}: {first['msg']}", param=where, code="invalid_value").json(), 400)
+        return await told(request, ApiError(400, f"{where}: {first['msg']}", param=where, code="invalid_value"))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         what = f"{request.method} {request.url.path}: {error.detail}"
-        return JSONResponse(ApiError(error.status_code, what).json(), error.status_code)
+        return await told(request, ApiError(error.status_code, what))
 
     @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> Response:
-        return JSONResponse(ApiError(500, f"{type(error).__name__}: {error}", code="internal_error").json(), 500)
+    async def broken(request: Request, error: Exception) -> Response:
+        return await told(request, ApiError(500, f"{type(error).__name__}: {error}", code="internal_error"))
 
     return Guard(app, key=key, hosts=hosts)
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ktcompile.engine import Engine
 from ktcompile.errors import BusyError, CapacityError, KtransError
@@ -119,34 +120,68 @@ def failed(event: Event) -> None:
         raise ApiError(503, event.message or "the answer was cancelled", code="cancelled")
 
 
-async def streamed(answers: Answers, shape: Any) -> AsyncIterator[str]:
-    """Server-sent events: what `shape` makes of each event, pings, then `[DONE]`; an error ends the stream.
+class Shape:
+    """The events of answers as an API's objects: of a stream (`begin`, `piece`, `end`), or `whole`.
 
-    `shape` has `begin()`, `piece(index, event)` and `end()`, each of which gives JSON objects.
+    A stream here is OpenAI's: server-sent events without names, the `last` one says that there is no more.
     """
+
+    media = "text/event-stream"
+    last = "data: [DONE]\n\n"
+
+    def begin(self) -> Iterable[dict[str, Any]]:
+        """Before the first event."""
+        return ()
+
+    def piece(self, index: int, event: Event) -> Iterable[dict[str, Any]]:
+        """One event."""
+        raise NotImplementedError
+
+    def end(self) -> Iterable[dict[str, Any]]:
+        """After the last event."""
+        return ()
+
+    def whole(self, found: list[list[Event]]) -> dict[str, Any]:
+        """All events of each answer."""
+        raise NotImplementedError
+
+    def said(self, item: dict[str, Any]) -> str:
+        """An object in a stream."""
+        return f"data: {json.dumps(item, ensure_ascii=False)}\n\n"
+
+    def ping(self) -> str:
+        """What says that a stream lives, while there is nothing else to say."""
+        return ": keep-alive\n\n"
+
+
+async def answered(http: HttpRequest, answers: Answers, shape: Shape, stream: bool) -> Response:
+    """The events of the answers in their shape, as they come or all at once."""
+    if stream:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return StreamingResponse(streamed(http, answers, shape), media_type=shape.media, headers=headers)
+    return JSONResponse(shape.whole(await answers.all(http)))
+
+
+async def streamed(http: HttpRequest, answers: Answers, shape: Shape) -> AsyncIterator[str]:
+    """What `shape` makes of each event, and pings; an error ends the stream."""
     try:
         for item in shape.begin():
-            yield said(item)
+            yield shape.said(item)
         while answers.open:
             came = await answers.next(PING_SECONDS)
             if came is None:
-                yield ": keep-alive\n\n"
+                yield shape.ping()
                 continue
             failed(came[1])
             for item in shape.piece(*came):
-                yield said(item)
+                yield shape.said(item)
         for item in shape.end():
-            yield said(item)
-        yield "data: [DONE]\n\n"
+            yield shape.said(item)
+        yield shape.last
     except ApiError as error:
-        yield said(error.json())
+        yield shape.said(error.json(http.url.path))
     finally:
         answers.cancel()
-
-
-def said(item: dict[str, Any]) -> str:
-    """One event of a stream."""
-    return f"data: {json.dumps(item, ensure_ascii=False)}\n\n"
 
 
 def usage_of(usages: Sequence[Usage], reasoning: int = 0) -> dict[str, Any]:
@@ -176,4 +211,14 @@ def timings_of(usage: Usage) -> dict[str, float]:
     }
 
 
-__all__ = ["PING_SECONDS", "Answers", "Delta", "Deltas", "failed", "said", "streamed", "timings_of", "usage_of"]
+__all__ = [
+    "PING_SECONDS",
+    "Answers",
+    "Delta",
+    "Deltas",
+    "Shape",
+    "answered",
+    "streamed",
+    "timings_of",
+    "usage_of",
+]

@@ -46,10 +46,10 @@ class Guard:
             self._check(scope["path"], headers)
             body = await asyncio.wait_for(_body(headers, receive), BODY_SECONDS)
         except TimeoutError:
-            await answer(send, ApiError(408, f"the body did not come within {BODY_SECONDS:g} s"))
+            await answer(send, scope["path"], ApiError(408, f"the body did not come within {BODY_SECONDS:g} s"))
             return
         except ApiError as error:
-            await answer(send, error)
+            await answer(send, scope["path"], error)
             return
         if body is None:  # the client is gone
             return
@@ -92,9 +92,9 @@ async def _body(headers: dict[str, str], receive: Receive) -> bytes | None:
             return b"".join(parts)
 
 
-async def answer(send: Send, error: ApiError) -> None:
+async def answer(send: Send, path: str, error: ApiError) -> None:
     """Send an error as JSON and close."""
-    body = json.dumps(error.json()).encode()
+    body = json.dumps(error.json(path)).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
     pairs = [(k.lower().encode(), v.encode()) for k, v in (headers | error.headers).items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})

@@ -2,17 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
 from pydantic import Field, StrictInt, StrictStr
 
 from ktcompile.request import Event, Finished
-from ktcompile.server.answers import POLL_SECONDS, Answers, failed, said, timings_of
-from ktcompile.server.errors import ApiError
+from ktcompile.server.answers import Answers, Shape, answered, timings_of
 from ktcompile.server.llama import state_of
 from ktcompile.server.openai import answers_to, fill_in, plain_ids
 from ktcompile.server.prompt import Prompt
@@ -54,15 +55,10 @@ async def infill(http: HttpRequest, given: InfillRequest) -> Response:
     if given.n_predict is not None:
         given.max_tokens = given.n_predict
     ids = await asyncio.to_thread(prompt_of, state, given)
-    answers = answers_to(http, given, Prompt(tuple(ids)))
-    if given.stream:
-        return StreamingResponse(_streamed(state, given, answers), media_type="text/event-stream")
-    text, end = "", None
-    async for event in events(answers, given.t_max_predict_ms, http):
-        text += event.text
-        end = event
-    assert isinstance(end, Finished)
-    return JSONResponse(_told(state, text, end))
+    most_ms = given.t_max_predict_ms or 0
+    kind = partial(Timed, most_ms) if most_ms > 0 else Answers
+    answers = answers_to(http, given, Prompt(tuple(ids)), kind=kind)
+    return await answered(http, answers, Infill(state), bool(given.stream))
 
 
 def prompt_of(state: State, given: InfillRequest) -> list[int]:
@@ -80,56 +76,65 @@ def prompt_of(state: State, given: InfillRequest) -> list[int]:
     return fill_in(state, before, after)
 
 
-async def events(answers: Answers, most_ms: int | None, http: HttpRequest | None = None) -> AsyncIterator[Event]:
-    """Events until the end, or until the first line that ends `most_ms` after the first token."""
-    begun: float | None = None
-    try:
-        while answers.open:
-            came = await answers.next(POLL_SECONDS)
-            if came is None:
-                if http is not None and await http.is_disconnected():
-                    raise ApiError(499, "the client is gone")
-                continue
-            event = came[1]
-            if isinstance(event, Finished) and event.reason == "cancelled" and begun is not None:
-                yield event
-                return
-            failed(event)
-            yield event
-            begun = begun or time.monotonic()
-            late = most_ms is not None and most_ms > 0 and (time.monotonic() - begun) * 1e3 > most_ms
-            if late and "\n" in event.text:
-                answers.cancel()
-    finally:
-        answers.cancel()
+class Timed(Answers):
+    """Answers that end with the first line that ends `most_ms` after the first token."""
+
+    def __init__(self, most_ms: int, *given: Any) -> None:
+        super().__init__(*given)
+        self.most_ms = most_ms
+        self._begun: float | None = None
+        self._is_cut = False
+
+    async def next(self, seconds: float) -> tuple[int, Event] | None:
+        """The next event. One that ends what was long enough says so."""
+        came = await super().next(seconds)
+        if came is None:
+            return None
+        index, event = came
+        if isinstance(event, Finished):
+            return index, replace(event, reason="length") if self._is_cut and event.reason == "cancelled" else event
+        self._begun = self._begun or time.monotonic()
+        if "\n" in event.text and (time.monotonic() - self._begun) * 1e3 > self.most_ms:
+            self._is_cut = True
+            self.cancel()
+        return came
 
 
-async def _streamed(state: State, given: InfillRequest, answers: Answers) -> AsyncIterator[str]:
-    try:
-        async for event in events(answers, given.t_max_predict_ms):
-            if isinstance(event, Finished):
-                yield said(_told(state, event.text, event))
-            elif event.text:
-                yield said({"content": event.text, "stop": False})
-    except ApiError as error:
-        yield said(error.json())
+class Infill(Shape):
+    """llama.cpp's objects."""
+
+    last = ""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def piece(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
+        """Its text, if it has any; the last one says how it ended."""
+        if isinstance(event, Finished):
+            yield self._end(event.text, event)
+        elif event.text:
+            yield {"content": event.text, "stop": False}
+
+    def whole(self, found: list[list[Event]]) -> dict[str, Any]:
+        """The object that ends a stream, with all of the text."""
+        *_, end = found[0]
+        assert isinstance(end, Finished)
+        return self._end("".join(e.text for e in found[0]), end)
+
+    def _end(self, text: str, end: Finished) -> dict[str, Any]:
+        kinds = {"stop": "word" if end.matched else "eos", "length": "limit"}
+        return {
+            "content": text,
+            "stop": True,
+            "stop_type": kinds[end.reason],
+            "stopping_word": end.matched or "",
+            "model": self.state.name,
+            "tokens_predicted": end.usage.completion_tokens,
+            "tokens_evaluated": end.usage.prompt_tokens,
+            "tokens_cached": end.usage.cached_tokens,
+            "truncated": False,
+            "timings": timings_of(end.usage),
+        }
 
 
-def _told(state: State, text: str, end: Finished) -> dict[str, Any]:
-    """llama.cpp's last object."""
-    kinds = {"stop": "word" if end.matched else "eos", "length": "limit", "cancelled": "limit"}
-    return {
-        "content": text,
-        "stop": True,
-        "stop_type": kinds[end.reason],
-        "stopping_word": end.matched or "",
-        "model": state.name,
-        "tokens_predicted": end.usage.completion_tokens,
-        "tokens_evaluated": end.usage.prompt_tokens,
-        "tokens_cached": end.usage.cached_tokens,
-        "truncated": False,
-        "timings": timings_of(end.usage),
-    }
-
-
-__all__ = ["Extra", "InfillRequest", "events", "prompt_of", "router"]
+__all__ = ["Extra", "Infill", "InfillRequest", "Timed", "prompt_of", "router"]

@@ -2,18 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response
 
 from ktcompile.penalties import Penalties
 from ktcompile.request import Event, Finished, Piece, Request, Usage
-from ktcompile.server.answers import Answers, Delta, streamed, timings_of, usage_of
+from ktcompile.server.answers import Answers, Delta, Shape, answered, timings_of, usage_of
 from ktcompile.server.errors import ApiError
 from ktcompile.server.llama import state_of
 from ktcompile.server.prompt import Prompt, prompt_of
@@ -54,18 +54,12 @@ async def completions(http: HttpRequest, given: CompletionRequest) -> Response:
     return await answered(http, answers, Completion(state, given, ids), bool(given.stream))
 
 
-async def answered(http: HttpRequest, answers: Answers, shape: "Shape", stream: bool) -> Response:
-    """The events of the answers in their shape, as they come or all at once."""
-    if stream:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(streamed(answers, shape), media_type="text/event-stream", headers=headers)
-    return JSONResponse(shape.whole(await answers.all(http)))
-
-
-def answers_to(http: HttpRequest, given: Generation, prompt: Prompt, top: int = 0) -> Answers:
+def answers_to(
+    http: HttpRequest, given: Generation, prompt: Prompt, top: int = 0, kind: Callable[..., Answers] = Answers
+) -> Answers:
     """What the engine answers to a prompt, counted by the metrics. ApiError where it does not take it."""
     state = state_of(http)
-    return Answers(state.ready(), requests_of(state, given, prompt, top), http.app.state.metrics.finished)
+    return kind(state.ready(), requests_of(state, given, prompt, top), http.app.state.metrics.finished)
 
 
 def requests_of(state: State, given: Generation, prompt: Prompt, top: int) -> list[Request]:
@@ -121,8 +115,8 @@ def fill_in(state: State, before: list[int], after: list[int]) -> list[int]:
 # ------------------------------------------------------------------------------------------------ shapes
 
 
-class Shape:
-    """Events as OpenAI's objects: of a stream (`begin`, `piece`, `end`), or of a whole answer (`whole`)."""
+class OpenAI(Shape):
+    """Events as OpenAI's objects, which have choices."""
 
     stream_object = whole_object = ""
     prefix = ""
@@ -135,14 +129,6 @@ class Shape:
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """An event of a stream."""
         return {**self.head, "object": self.stream_object, "choices": choices, **more}
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        """Before the first event."""
-        return iter(())
-
-    def piece(self, index: int, event: Event) -> Iterator[dict[str, Any]]:
-        """One event."""
-        raise NotImplementedError
 
     def end(self) -> Iterator[dict[str, Any]]:
         """After the last event: usage and timings, for who asked."""
@@ -173,7 +159,7 @@ class Shape:
         return {**self.head, "object": self.whole_object, "choices": choices, **self.counted()}
 
 
-class Chat(Shape):
+class Chat(OpenAI):
     """`chat.completion`: thoughts and calls of tools apart from what is said."""
 
     stream_object, whole_object, prefix = "chat.completion.chunk", "chat.completion", "chatcmpl"
@@ -252,7 +238,7 @@ def called(delta: Delta, arguments: str) -> dict[str, Any]:
     return {"id": delta.id, "type": "function", "function": {"name": delta.text, "arguments": arguments}}
 
 
-class Completion(Shape):
+class Completion(OpenAI):
     """`text_completion`."""
 
     stream_object = whole_object = "text_completion"
@@ -288,7 +274,7 @@ __all__ = [
     "FIM",
     "Chat",
     "Completion",
-    "Shape",
+    "OpenAI",
     "answers_to",
     "fill_in",
     "plain_ids",

@@ -254,7 +254,7 @@ def _answer(session: "Session", messages: Sequence[dict[str, str]], most: int, t
     """Stream one answer to stdout, statistics to stderr. Ctrl-C stops the answer, not the program."""
     from ktcompile.generate import encode_chat
 
-    ids = encode_chat(session.tokenizer, messages, "<think>\n" if think else "")
+    ids = encode_chat(session.tokenizer, messages, True if think else None)
     pieces: list[str] = []
     stopped = ""
     stream = session.stream(ids, most)

@@ -122,7 +122,7 @@ class Engine:
                 "Shorten it, or load with a larger context if the model has one"
             )
         room = self.context - length + 1  # the last token of an answer is not stored
-        text = Text(self.tokenizer, request.stop_strings, request.skip_special)
+        text = Text(self.tokenizer, request.stop_strings, request.skip_special, request.say)
         handle = Handle(request, self._wake.set, tell)
         most = room if request.most is None else min(request.most, room)
         matcher = None if request.grammar is None else request.grammar.matcher()

@@ -19,6 +19,10 @@ CHUNK = 512
 """Prompt tokens a step of a model that does not say how many: an interrupt waits for one chunk at most."""
 
 
+THINK = "<think>"
+"""What a thought begins with."""
+
+
 def chunk_of(model: Any) -> int:
     """Prompt tokens that a loaded model takes a step."""
     return int(getattr(model, "chunk", CHUNK))
@@ -127,11 +131,13 @@ def stop_tokens(tokenizer: PreTrainedTokenizerFast, generation: Any) -> frozense
 def encode_chat(
     tokenizer: PreTrainedTokenizerFast,
     messages: Sequence[Mapping[str, Any]],
-    suffix: str = "",
+    think: bool | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
-    """Token ids of a rendered conversation, with `suffix` behind it; `tools` as the template takes them.
+    """Token ids of a rendered conversation; `tools` as the template takes them.
 
+    `think`: whether the answer begins inside <think>, or without a thought; None: as the model's template has it. A
+    template may know one of two variables for that (DeepSeek's and Qwen's); of others the end of the prompt is changed.
     What people write stays text: a special token inside a message or a tool is encoded as its characters.
     """
     marks = {f"\ue000{i}\ue001": token for i, token in enumerate(tokenizer.all_special_tokens)}
@@ -147,11 +153,15 @@ def encode_chat(
 
     given = [marked(message) for message in messages]
     known = [marked(tool) for tool in tools] or None
-    names: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    if think is not None:
+        variables |= {"thinking": think, "enable_thinking": think}
     template = tokenizer.get_chat_template(None, known)
     # not by apply_chat_template, which drops a content that is None: DeepSeek's template asks for it
-    rendered = render_jinja_template([given], known, chat_template=template, add_generation_prompt=True, **names)
-    text = f"{rendered[0][0]}{suffix}"
+    rendered = render_jinja_template([given], known, chat_template=template, add_generation_prompt=True, **variables)
+    text = str(rendered[0][0])
+    if think is not None and text.rstrip().endswith(THINK) != think:
+        text += f"{THINK}\n" if think else "\n</think>\n\n"
     ids: list[int] = []
     for piece in filter(None, re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]):
         plain = {"split_special_tokens": True} if piece in marks else {}
@@ -159,4 +169,4 @@ def encode_chat(
     return ids
 
 
-__all__ = ["CHUNK", "Sampling", "Session", "Statistics", "chunk_of", "encode_chat", "stop_tokens"]
+__all__ = ["CHUNK", "THINK", "Sampling", "Session", "Statistics", "chunk_of", "encode_chat", "stop_tokens"]

@@ -22,7 +22,8 @@ class Request:
 
     `most`: tokens of the answer; None, or more than fit: as many as the context holds. `stop`: tokens that end it, and
     `stop_strings` texts that do: neither is said. `top`: so many of the most likely tokens with each token.
-    `skip_special`: special tokens have no text. `grammar`: the form of the answer, which ends where that does.
+    `skip_special`: special tokens have no text, but for those of `say`. `grammar`: the form of the answer, which ends
+    where that does.
     """
 
     prompt: tuple[int, ...]
@@ -34,6 +35,7 @@ class Request:
     top: int = 0
     skip_special: bool = True
     grammar: Grammar | None = None
+    say: frozenset[int] = frozenset()
 
     @property
     def needs_logits(self) -> bool:

@@ -1,6 +1,6 @@
 """The text of an answer as its tokens come: whole characters only, and nothing of a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -41,15 +41,18 @@ class Stops:
 
 
 class Text:
-    """The text of one answer."""
+    """The text of one answer. Special tokens have none if `skip_special`, but for those of `say`."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], skip_special: bool) -> None:
-        self.tokenizer, self.stops = tokenizer, Stops(stops)
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], skip_special: bool, say: Set[int] = frozenset()
+    ) -> None:
+        self.tokenizer, self.stops, self.say = tokenizer, Stops(stops), say
         self.stream = DecodeStream(skip_special_tokens=skip_special)
 
     def push(self, token: int) -> str:
         """What can be said with one more token; half a character waits for its other half."""
-        return self.stops.push(self.stream.step(self.tokenizer, token) or "")
+        said = self.tokenizer.id_to_token(token) if token in self.say else self.stream.step(self.tokenizer, token)
+        return self.stops.push(said or "")
 
 
 __all__ = ["Stops", "Text"]

@@ -135,6 +135,23 @@ def test_completion_and_fill_in_the_middle(served: Served) -> None:
     assert filled.usage is not None and filled.usage.prompt_tokens > 10
 
 
+def test_thoughts_stand_apart(served: Served) -> None:
+    ask = {"messages": QUESTION, "temperature": 0, "max_tokens": 60}
+    wanted = {"reasoning_content": "This is an easy question. I will answer in one sentence.", "role": "assistant"}
+    wanted["content"] = "The capital of France is Paris."
+    thinking = ask | {"chat_template_kwargs": {"enable_thinking": True}}
+    whole = served.post("/v1/chat/completions", thinking).json()
+    assert whole["choices"][0]["message"] == wanted
+    assert 10 < whole["usage"]["completion_tokens_details"]["reasoning_tokens"] < whole["usage"]["completion_tokens"]
+    stream = served.post("/v1/chat/completions", thinking | {"stream": True}).text
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in stream.splitlines() if line.startswith("data: {")]
+    for name in ("reasoning_content", "content"):
+        assert "".join(d.get(name, "") for d in deltas) == wanted[name]
+    for change in ({"reasoning_effort": "none"}, {"chat_template_kwargs": {"thinking": False}}, {}):
+        message = served.post("/v1/chat/completions", ask | change).json()["choices"][0]["message"]
+        assert message == {"role": "assistant", "content": wanted["content"]}
+
+
 def test_seeds_choices_stops_and_logprobs(served: Served) -> None:
     given: Any = {"model": "tiny", "messages": STORY, "temperature": 1.0, "max_tokens": 12, "seed": 7, "n": 3}
     first, second = (served.client.chat.completions.create(**given) for _ in range(2))

@@ -2,9 +2,14 @@
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ktcompile.checkpoint import open_checkpoint
+from ktcompile.generate import Sampling, encode_chat
+from ktcompile.server import State
+from ktcompile.server.prompt import prompt_of
 from ktcompile.server.thoughts import Thoughts
 
 WORDS = st.lists(
@@ -40,3 +45,35 @@ def test_nothing_certain_waits() -> None:
     assert thoughts.push("nk>a") == [(True, "a")]
     assert thoughts.push("b ") == [(True, "b")]
     assert thoughts.push("</think>c ") == [(False, "c ")]
+
+
+TEMPLATES = {
+    "that ends with the tag": (
+        "<A><think>",
+        {None: "<A><think>", True: "<A><think>", False: "<A><think>\n</think>\n\n"},
+    ),
+    "that knows of none": ("<A>", {None: "<A>", True: "<A><think>\n", False: "<A>"}),
+    "DeepSeek's": (
+        "<A>{% if thinking is defined and thinking %}<think>{% endif %}",
+        {None: "<A>", True: "<A><think>", False: "<A>"},
+    ),
+    "Qwen's": (
+        "<A>{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>{% endif %}",
+        {None: "<A>", True: "<A><think>\n", False: "<A><think>\n\n</think>"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_template_begins_a_thought_or_none(name: str) -> None:
+    tokenizer = open_checkpoint().tokenizer
+    template, wanted = TEMPLATES[name]
+    tokenizer.chat_template = "{{ messages[0]['content'] }}" + template
+    state = State("m", Sampling(), tokenizer=tokenizer)
+    for think, end in wanted.items():
+        ids = encode_chat(tokenizer, [{"role": "user", "content": "a"}], think)
+        assert ids == tokenizer("a" + end, add_special_tokens=False)["input_ids"]
+        prompt = prompt_of(state, [{"role": "user", "content": "a"}], think=think)
+        assert (prompt.ids, prompt.thinks) == (tuple(ids), end.rstrip().endswith("<think>"))
+    state.think = True
+    assert prompt_of(state, [{"role": "user", "content": "a"}]).thinks

@@ -36,7 +36,8 @@ async def chat(http: HttpRequest, given: ChatRequest) -> Response:
     if given.max_completion_tokens is not None:
         given.max_tokens = given.max_completion_tokens
     top = given.alternatives()
-    prompt = await asyncio.to_thread(prompt_of, state, given.plain(), given.may_call(), given.form())
+    form = given.form()
+    prompt = await asyncio.to_thread(prompt_of, state, given.plain(), given.may_call(), form, given.think())
     answers = answers_to(http, given, prompt, top or 0)
     shape = Chat(state, given, prompt, top is not None)
     return await answered(http, answers, shape, bool(given.stream))
@@ -76,8 +77,8 @@ def requests_of(state: State, given: Generation, prompt: Prompt, top: int) -> li
         state.stop_tokens,
         given.stops(),
         top,
-        prompt.skip_special,
-        prompt.grammar,
+        grammar=prompt.grammar,
+        say=prompt.say,
     )
     seeds = [None if sampling.seed is None else sampling.seed + i for i in range(given.choices())]
     return [replace(request, sampling=replace(sampling, seed=seed)) for seed in seeds]

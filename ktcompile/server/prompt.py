@@ -30,7 +30,7 @@ class Form:
 class Prompt:
     """Tokens, and what is to be known of the answers to them. `thinks`: they begin inside of a thought.
 
-    `format`: of calls in them, None: there are none. `skip_special`: special tokens have no text.
+    `format`: of calls in them, None: there are none. `say`: special tokens that part them, so must have their text.
     """
 
     ids: tuple[int, ...]
@@ -38,7 +38,7 @@ class Prompt:
     grammar: Grammar | None = None
     format: Format | None = None
     names: frozenset[str] = frozenset()
-    skip_special: bool = True
+    say: frozenset[int] = frozenset()
 
     def deltas(self) -> Deltas:
         """What parts an answer; each has its own."""
@@ -46,12 +46,16 @@ class Prompt:
 
 
 def prompt_of(
-    state: State, messages: Sequence[Mapping[str, Any]], tools: Tools = NO_TOOLS, form: Form | None = None
+    state: State,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Tools = NO_TOOLS,
+    form: Form | None = None,
+    think: bool | None = None,
 ) -> Prompt:
     """A conversation as a prompt. It takes time: call it on a thread of its own.
 
     `messages` are in OpenAI's form: `role`, `content` (text), `tool_calls` with arguments as text, `tool_call_id`.
-    ApiError 400 for a schema that cannot be held.
+    `think`: as `encode_chat` has it; None: as the server was started. ApiError 400 for a schema that cannot be held.
     """
     for i, tool in enumerate(tools.offered):
         with _refusing(f"tools[{i}]"):
@@ -59,17 +63,15 @@ def prompt_of(
     template = Template.of(str(state.tokenizer.get_chat_template(None, [{}] if tools.offered else None)))
     told = template.messages(messages, tools.offered)
     given = [tool.json() for tool in tools.offered] if template.takes_tools else []
-    ids = encode_chat(state.tokenizer, told, f"{OPEN}\n" if state.think else "", given)
+    ids = encode_chat(state.tokenizer, told, (state.think or None) if think is None else think, given)
     end = str(state.tokenizer.decode(ids[-8:])).rstrip()
     thinks = end.endswith(OPEN)
     thought = "thought" if thinks else "thought?" if template.thinks and not end.endswith(CLOSE) else ""
     grammar = _grammar(state, thought, template.format, tools, form)
-    if not tools.offered:
-        return Prompt(tuple(ids), thinks, grammar)
-    marks = template.format.written([("", "")])
-    added = state.tokenizer.added_tokens_decoder.values()
-    skip_special = not any(token.special and token.content in marks for token in added)
-    return Prompt(tuple(ids), thinks, grammar, template.format, tools.names, skip_special)
+    format = template.format if tools.offered else None
+    marks = OPEN + CLOSE + (format.written([("", "")]) if format else "")
+    say = frozenset(i for i, t in state.tokenizer.added_tokens_decoder.items() if t.special and t.content in marks)
+    return Prompt(tuple(ids), thinks, grammar, format, tools.names, say)
 
 
 def _grammar(state: State, thought: str, format: Format, tools: Tools, form: Form | None) -> Grammar | None:

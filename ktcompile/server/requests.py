@@ -224,6 +224,13 @@ class ResponseFormat(Body):
         return Form(self.json_schema.schema_, bool(self.json_schema.strict))
 
 
+class TemplateSwitches(Body):
+    """Of what is given to the model's template: whether to think, by the names that templates have for it."""
+
+    thinking: StrictBool | None = None
+    enable_thinking: StrictBool | None = None
+
+
 class ChatRequest(Generation):
     """`POST /v1/chat/completions`."""
 
@@ -232,11 +239,19 @@ class ChatRequest(Generation):
     logprobs: StrictBool | None = None
     top_logprobs: StrictInt | None = None
     response_format: ResponseFormat | None = None
+    reasoning_effort: StrictStr | None = None
+    chat_template_kwargs: TemplateSwitches | None = None
     tools: list[OfferedTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
     functions: Any = None
     function_call: Any = None
+
+    def think(self) -> bool | None:
+        """Whether the answer begins with a thought; None: as the server was started."""
+        given = self.chat_template_kwargs or TemplateSwitches()
+        found = given.thinking if given.enable_thinking is None else given.enable_thinking
+        return False if found is None and self.reasoning_effort == "none" else found
 
     def plain(self) -> list[dict[str, Any]]:
         """The conversation as `prompt_of` takes it."""
@@ -293,4 +308,13 @@ def refused(param: str, value: object, allowed: str) -> ApiError:
     return ApiError(400, f"{param} {value}: allowed is {allowed}", param=param, code="invalid_value")
 
 
-__all__ = ["ChatRequest", "CompletionRequest", "Generation", "Part", "StreamOptions", "Turn", "refused"]
+__all__ = [
+    "ChatRequest",
+    "CompletionRequest",
+    "Generation",
+    "Part",
+    "StreamOptions",
+    "TemplateSwitches",
+    "Turn",
+    "refused",
+]

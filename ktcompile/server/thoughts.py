@@ -1,6 +1,8 @@
 """Parting an answer, as it comes, into what the model thinks and what it says."""
 
-OPEN, CLOSE = "<think>", "</think>"
+from ktcompile.generate import THINK as OPEN
+
+CLOSE = "</think>"
 
 
 class Thoughts:

@@ -38,8 +38,14 @@ settings.register_profile(
 )
 settings.load_profile("ktrans")
 
-SERVER_NEEDS = [n for n in ("fastapi", "httpx", "openai", "prometheus_client", "uvicorn") if find_spec(n) is None]
-collect_ignore_glob = ["test_server*.py"] if SERVER_NEEDS else []
+NEEDS = {
+    "test_server*.py": ("fastapi", "httpx", "openai", "prometheus_client", "uvicorn"),
+    "test_server_anthropic.py": ("anthropic",),
+    "test_server_llm.py": ("llm",),
+    "test_server_ollama.py": ("ollama",),
+}
+LACKING = {files: ", ".join(n for n in names if find_spec(n) is None) for files, names in NEEDS.items()}
+collect_ignore_glob = [files for files, names in LACKING.items() if names]
 """A machine without network may lack what the server and its clients are made of; the last lines of the run say so."""
 
 Golden = Callable[[str, str], None]
@@ -83,6 +89,12 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 @pytest.fixture(scope="module")
+def served() -> Iterator[Any]:
+    """A running server (`served.Served`)."""
+    yield from import_module("served").running()
+
+
+@pytest.fixture(scope="module")
 def pool() -> Iterator[native.Pool]:
     """Two threads for the native kernels."""
     made = native.Pool(2)
@@ -116,6 +128,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         else "not at all: no GPU, and TRITON_INTERPRET is not 1"
     )
     terminalreporter.section("what really ran")
-    server = f"not run: {', '.join(SERVER_NEEDS)} not installed" if SERVER_NEEDS else "over loopback"
+    lacking = [f"{files} not run, not installed: {names}" for files, names in LACKING.items() if names]
+    server = "; ".join(lacking) or "and its clients over loopback"
     for line in (*lines, f"triton kernels {where}", f"server         {server}"):
         terminalreporter.write_line(line)

@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from ktcompile.errors import RulesError
-from ktcompile.server import infill, llama, openai
+from ktcompile.server import anthropic, infill, llama, ollama, openai
 from ktcompile.server.errors import ApiError
 from ktcompile.server.guard import LOOPBACK, Guard
 from ktcompile.server.metrics import Metrics
@@ -60,6 +60,8 @@ def create_app(state: State, *, key: str | None = None, hosts: tuple[str, ...] |
     app.include_router(llama.router)
     app.include_router(openai.router)
     app.include_router(infill.router)
+    app.include_router(anthropic.router)
+    app.include_router(ollama.router)
     _pages(app, state)
 
     @app.get("/metrics")

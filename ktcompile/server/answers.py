@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -14,6 +16,7 @@ from ktcompile.request import Event, Finished, Handle, Request, Usage
 from ktcompile.server.calls import Calls, Delta, Format
 from ktcompile.server.errors import ApiError
 from ktcompile.server.thoughts import Thoughts
+from ktcompile.server.tools import object_of
 
 PING_SECONDS = 10.0
 """So long a stream says nothing before a comment says that it lives."""
@@ -107,9 +110,35 @@ class Deltas:
             found += [Delta("thought", text)] if is_thought else self._calls.push(text)
         return found + (self._calls.finish() if is_last else [])
 
+    def all(self, events: Sequence[Event]) -> list[Delta]:
+        """A whole answer."""
+        return joined(delta for event in events for delta in self.of(event))
+
     def reason(self, end: Finished) -> str:
         """Why it ended, as OpenAI says it: stop, length, tool_calls."""
         return "tool_calls" if self._calls.count and end.reason == "stop" else end.reason
+
+
+def joined(deltas: Iterable[Delta]) -> list[Delta]:
+    """What is of one kind, or of one call, as one."""
+    runs = [list(run) for _, run in groupby(deltas, key=lambda delta: (delta.kind, delta.call))]
+    return [replace(run[0], text="".join(delta.text for delta in run)) for run in runs]
+
+
+def calls_with_arguments(deltas: Sequence[Delta]) -> Iterator[tuple[Delta, dict[str, Any] | None]]:
+    """Those of a whole answer, calls with their arguments as an object.
+
+    A call whose arguments are none, as the answer was cut, is text: nobody should run it.
+    """
+    texts = {delta.call: delta.text for delta in deltas if delta.kind == "arguments"}
+    for delta in deltas:
+        if delta.kind == "call":
+            text = texts.get(delta.call, "")
+            arguments = object_of(text)
+            is_call = isinstance(arguments, dict)
+            yield (delta, arguments) if is_call else (Delta("text", f"{delta.text}({text})"), None)
+        elif delta.kind != "arguments":
+            yield delta, None
 
 
 def failed(event: Event) -> None:
@@ -184,6 +213,13 @@ async def streamed(http: HttpRequest, answers: Answers, shape: Shape) -> AsyncIt
         answers.cancel()
 
 
+def end_of(events: Sequence[Event]) -> Finished:
+    """How an answer of which these are all events ended."""
+    end = events[-1]
+    assert isinstance(end, Finished)
+    return end
+
+
 def usage_of(usages: Sequence[Usage], reasoning: int = 0) -> dict[str, Any]:
     """OpenAI's `usage` of several answers to one prompt."""
     prompt, said_tokens = usages[0].prompt_tokens, sum(u.completion_tokens for u in usages)
@@ -218,6 +254,9 @@ __all__ = [
     "Deltas",
     "Shape",
     "answered",
+    "calls_with_arguments",
+    "end_of",
+    "joined",
     "streamed",
     "timings_of",
     "usage_of",

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from pydantic import Field, StrictInt, StrictStr
 
 from ktcompile.request import Event, Finished
-from ktcompile.server.answers import Answers, Shape, answered, timings_of
+from ktcompile.server.answers import Answers, Shape, answered, end_of, timings_of
 from ktcompile.server.llama import state_of
 from ktcompile.server.openai import answers_to, fill_in, plain_ids
 from ktcompile.server.prompt import Prompt
@@ -117,9 +117,7 @@ class Infill(Shape):
 
     def whole(self, found: list[list[Event]]) -> dict[str, Any]:
         """The object that ends a stream, with all of the text."""
-        *_, end = found[0]
-        assert isinstance(end, Finished)
-        return self._end("".join(e.text for e in found[0]), end)
+        return self._end("".join(e.text for e in found[0]), end_of(found[0]))
 
     def _end(self, text: str, end: Finished) -> dict[str, Any]:
         kinds = {"stop": "word" if end.matched else "eos", "length": "limit"}

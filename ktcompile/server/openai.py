@@ -13,7 +13,7 @@ from fastapi.responses import Response
 
 from ktcompile.penalties import Penalties
 from ktcompile.request import Event, Finished, Piece, Request, Usage
-from ktcompile.server.answers import Answers, Delta, Shape, answered, timings_of, usage_of
+from ktcompile.server.answers import Answers, Delta, Shape, answered, end_of, timings_of, usage_of
 from ktcompile.server.errors import ApiError
 from ktcompile.server.llama import state_of
 from ktcompile.server.prompt import Prompt, prompt_of
@@ -106,11 +106,16 @@ def plain_ids(state: State, text: str) -> list[int]:
 
 def fill_in(state: State, before: list[int], after: list[int]) -> list[int]:
     """What asks the model for the tokens between the two. ApiError where it has no marks for that."""
-    known = state.tokenizer.get_vocab()
-    if any(mark not in known for mark in FIM):
+    if not (found := marks(state)):
         raise ApiError(400, f"{state.name} has no tokens to fill in the middle with", param="suffix", code="no_fim")
-    begin, hole, end = (known[mark] for mark in FIM)
+    begin, hole, end = found
     return [*state.bos, begin, *before, hole, *after, end]
+
+
+def marks(state: State) -> list[int]:
+    """The tokens of `FIM`; none where the model lacks one."""
+    found = [state.tokenizer.backend_tokenizer.token_to_id(mark) for mark in FIM]
+    return [] if None in found else found
 
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -153,8 +158,7 @@ class OpenAI(Shape):
         """All answers."""
         choices = []
         for i, events in enumerate(found):
-            end = events[-1]
-            assert isinstance(end, Finished)
+            end = end_of(events)
             self.usages[i] = end.usage
             choices.append(self.choice(i, events, end))
         return {**self.head, "object": self.whole_object, "choices": choices, **self.counted()}
@@ -189,13 +193,10 @@ class Chat(OpenAI):
 
     def choice(self, index: int, events: list[Event], end: Finished) -> dict[str, Any]:
         """A message. Its content is null where it has calls alone."""
-        deltas = [delta for event in events for delta in self.deltas[index].of(event)]
+        deltas = self.deltas[index].all(events)
         texts = {kind: "".join(d.text for d in deltas if d.kind == kind) for kind in ("text", "thought")}
-        calls = [
-            called(d, "".join(a.text for a in deltas if a.kind == "arguments" and a.call == d.call))
-            for d in deltas
-            if d.kind == "call"
-        ]
+        arguments = {d.call: d.text for d in deltas if d.kind == "arguments"}
+        calls = [called(d, arguments.get(d.call, "")) for d in deltas if d.kind == "call"]
         message: dict[str, Any] = {"role": "assistant", "content": texts["text"] or (None if calls else "")}
         if calls:
             message["tool_calls"] = calls
@@ -278,6 +279,7 @@ __all__ = [
     "OpenAI",
     "answers_to",
     "fill_in",
+    "marks",
     "plain_ids",
     "prompt_ids",
     "requests_of",

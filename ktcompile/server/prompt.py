@@ -20,10 +20,11 @@ from ktcompile.server.tools import NO_TOOLS, Template, Tools, calls_rules
 
 @dataclass(frozen=True)
 class Form:
-    """Text of an answer must be JSON that the schema describes. `strict`: see `json_of`."""
+    """Text of an answer must be JSON that the schema describes. `strict`: see `json_of`. `where`: it was asked for."""
 
     schema: Mapping[str, Any]
     strict: bool = False
+    where: str = "response_format"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def prompt_of(
     ids = encode_chat(state.tokenizer, told, (state.think or None) if think is None else think, given)
     end = str(state.tokenizer.decode(ids[-8:])).rstrip()
     thinks = end.endswith(OPEN)
-    thought = "thought" if thinks else "thought?" if template.thinks and not end.endswith(CLOSE) else ""
+    may_think = template.thinks and think is not False and not end.endswith(CLOSE)
+    thought = "thought" if thinks else "thought?" if may_think else ""
     grammar = _grammar(state, thought, template.format, tools, form)
     format = template.format if tools.offered else None
     marks = OPEN + CLOSE + (format.written([("", "")]) if format else "")
@@ -82,8 +84,8 @@ def _grammar(state: State, thought: str, format: Format, tools: Tools, form: For
     parts: list[tuple[str, Mapping[str, Any], bool]] = []  # what is to blame, and its schema
     answers, rules = [], []
     if form is not None and not tools.must:
-        parts.append(("response_format", form.schema, form.strict))
-        with _refusing("response_format"):
+        parts.append((form.where, form.schema, form.strict))
+        with _refusing(form.where):
             rules.append(f"text: {json_of(form.schema, form.strict)}")
         answers.append("text")
     if tools.offered:
@@ -93,7 +95,7 @@ def _grammar(state: State, thought: str, format: Format, tools: Tools, form: For
     begin = "" if thought == "thought" else grammars.literal(OPEN)
     more = f"thought: {begin} until /\\s{{0,4}}/\n{grammars.text_until(CLOSE, 'until')}" if thought else ""
     begun = time.monotonic()
-    with _refusing("tools" if tools.offered else "response_format"):
+    with _refusing("tools" if tools.offered or form is None else form.where):
         try:
             return grammars.grammar("\n".join([f"answer: {' | '.join(answers)}", *rules]), thought, more)
         except KtransError:

@@ -231,41 +231,15 @@ class TemplateSwitches(Body):
     enable_thinking: StrictBool | None = None
 
 
-class ChatRequest(Generation):
-    """`POST /v1/chat/completions`."""
+class Calling(Body):
+    """What an answer may call."""
 
-    messages: list[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: StrictInt | None = None
-    logprobs: StrictBool | None = None
-    top_logprobs: StrictInt | None = None
-    response_format: ResponseFormat | None = None
-    reasoning_effort: StrictStr | None = None
-    chat_template_kwargs: TemplateSwitches | None = None
     tools: list[OfferedTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
-    functions: Any = None
-    function_call: Any = None
-
-    def think(self) -> bool | None:
-        """Whether the answer begins with a thought; None: as the server was started."""
-        given = self.chat_template_kwargs or TemplateSwitches()
-        found = given.thinking if given.enable_thinking is None else given.enable_thinking
-        return False if found is None and self.reasoning_effort == "none" else found
-
-    def plain(self) -> list[dict[str, Any]]:
-        """The conversation as `prompt_of` takes it."""
-        return [turn.plain(i) for i, turn in enumerate(self.messages)]
-
-    def form(self) -> Form | None:
-        """The form that an answer must have."""
-        return None if self.response_format is None else self.response_format.form()
 
     def may_call(self) -> Tools:
         """The tools. ApiError for names that are none or stand twice, and for a choice that is not there."""
-        if self.functions is not None or self.function_call is not None:
-            what = "functions and function_call are not taken; give the same as tools and tool_choice"
-            raise ApiError(400, what, param="functions", code="unsupported_parameter")
         given = [tool.function for tool in self.tools or ()]
         choice = self.tool_choice or "auto"
         for i, function in enumerate(given):
@@ -285,6 +259,41 @@ class ChatRequest(Generation):
             return Tools()
         tools = tuple(Tool(f.name, f.description or "", f.parameters, bool(f.strict)) for f in given)
         return Tools(tools, choice != "auto", only, self.parallel_tool_calls is not False)
+
+
+class ChatRequest(Generation, Calling):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Turn] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: StrictInt | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: StrictInt | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: StrictStr | None = None
+    chat_template_kwargs: TemplateSwitches | None = None
+    functions: Any = None
+    function_call: Any = None
+
+    def think(self) -> bool | None:
+        """Whether the answer begins with a thought; None: as the server was started."""
+        given = self.chat_template_kwargs or TemplateSwitches()
+        found = given.thinking if given.enable_thinking is None else given.enable_thinking
+        return False if found is None and self.reasoning_effort == "none" else found
+
+    def plain(self) -> list[dict[str, Any]]:
+        """The conversation as `prompt_of` takes it."""
+        return [turn.plain(i) for i, turn in enumerate(self.messages)]
+
+    def form(self) -> Form | None:
+        """The form that an answer must have."""
+        return None if self.response_format is None else self.response_format.form()
+
+    def may_call(self) -> Tools:
+        """The tools. ApiError for what was before there were tools."""
+        if self.functions is not None or self.function_call is not None:
+            what = "functions and function_call are not taken; give the same as tools and tool_choice"
+            raise ApiError(400, what, param="functions", code="unsupported_parameter")
+        return super().may_call()
 
     def alternatives(self) -> int | None:
         """How many likely tokens are told beside each chosen one; None: not even that one's probability."""
@@ -309,6 +318,7 @@ def refused(param: str, value: object, allowed: str) -> ApiError:
 
 
 __all__ = [
+    "Calling",
     "ChatRequest",
     "CompletionRequest",
     "Generation",

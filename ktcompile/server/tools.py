@@ -97,7 +97,7 @@ class Template:
         for call in message["tool_calls"]:
             arguments = call["function"]["arguments"]
             if not self.takes_text:
-                arguments = _object(arguments)
+                arguments = object_of(arguments)
             calls.append({**call, "function": {**call["function"], "arguments": arguments}})
         content = message["content"] or (None if self.takes_none else "")
         return {**message, "content": content, "tool_calls": calls}
@@ -149,7 +149,7 @@ def calls_rules(grammars: Grammars, format: Format, tools: Tools) -> str:
     return "\n".join(rules)
 
 
-def _object(text: str) -> Any:
+def object_of(text: str) -> Any:
     """JSON as an object; what is none stays text."""
     try:
         found = json.loads(text)
@@ -160,4 +160,4 @@ def _object(text: str) -> Any:
 
 NO_TOOLS = Tools()
 
-__all__ = ["NO_TOOLS", "Template", "Tool", "Tools", "calls_rules", "instructions"]
+__all__ = ["NO_TOOLS", "Template", "Tool", "Tools", "calls_rules", "instructions", "object_of"]

@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test lint bench fuzz gpu-test gpu-bench clean
+.PHONY: help setup demo test clients lint bench fuzz gpu-test gpu-bench clean
 help:       ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 setup: $(READY)  ## .venv with everything, C kernels built
@@ -12,6 +12,8 @@ demo: setup      ## the embedded model tells a story, compiled
 	@$(BIN)/ktrans chat --prompt "Tell me a story about a dog named Max." --temperature 0
 test: setup      ## all tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+clients: setup   ## clients from npm against `ktrans serve`, where npm is
+	@KTRANS=$(abspath $(BIN)/ktrans) bash .ci/clients
 lint: setup      ## ruff, and mypy --strict on ktcompile and passes
 	@$(BIN)/ruff check . && $(BIN)/mypy --strict
 bench: setup     ## the CPU kernels on this machine, JSON lines
@@ -23,7 +25,7 @@ gpu-test:        ## build, test and check on a machine with a GPU and no network
 gpu-bench:       ## the same machine's speed
 	@PYTHON=$(PYTHON) bash .ci/gpu bench
 clean:           ## remove what was built
-	rm -rf build out $(VENV) ktcompile/_native*.so ktcompile/_native.c *.egg-info csrc/*.o
+	rm -rf build out $(VENV) ktcompile/_native*.so ktcompile/_native.c *.egg-info csrc/*.o tests/clients/node_modules
 
 $(READY): pyproject.toml constraints.txt setup.py .ci/setup $(wildcard csrc/*.[ch]) csrc/build.py
 	@PYTHON=$(PYTHON) VENV=$(VENV) bash .ci/setup && touch $@

@@ -6,12 +6,18 @@ import { after, before, test } from "node:test";
 
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { constructLlmApi } from "@continuedev/openai-adapters";
-import { generateText, streamText } from "ai";
+import { generateText, Output, stepCountIs, streamText, tool } from "ai";
 import OpenAI from "openai";
+import { zodResponseFormat } from "openai/helpers/zod";
+import { z } from "zod";
 
 const KEY = "secret-key";
 const ANSWER = "The capital of France is Paris.";
 const THOUGHT = "This is an easy question. I will answer in one sentence.";
+const City = z.strictObject({ city: z.enum(["Paris", "Rome"]) });
+const description = "The weather of a city.";
+const tools = [{ type: "function", function: { name: "get_weather", description, parameters: z.toJSONSchema(City) } }];
+const must = { type: "function", function: { name: "get_weather" } };
 const messages = [{ role: "user", content: "What is the capital of France?" }];
 
 let server, base, model, openai, ai, adapter;
@@ -29,7 +35,8 @@ before(async () => {
   }
   assert.ok(base, "the server ended before it was ready");
   openai = new OpenAI({ baseURL: `${base}/v1`, apiKey: KEY, maxRetries: 0 });
-  ai = createOpenAICompatible({ name: "ktrans", baseURL: `${base}/v1`, apiKey: KEY, includeUsage: true })(model);
+  const can = { includeUsage: true, supportsStructuredOutputs: true };
+  ai = createOpenAICompatible({ name: "ktrans", baseURL: `${base}/v1`, apiKey: KEY, ...can })(model);
   adapter = constructLlmApi({ provider: "openai", apiBase: `${base}/v1/`, apiKey: KEY });
 }, { timeout: 300_000 });
 
@@ -54,6 +61,22 @@ test("openai: chat, stream, errors", async () => {
   await assert.rejects(openai.chat.completions.create({ model: "gpt", messages }), OpenAI.NotFoundError);
   await assert.rejects(openai.chat.completions.create({ model, messages, temperature: -1 }), /allowed is 0 to 100/);
   assert.deepEqual((await all(await openai.models.list())).map((m) => m.id), [model]);
+});
+
+test("openai: a tool is called and answers, an answer has a form", async () => {
+  const given = { model, messages, tools, temperature: 0, tool_choice: must, parallel_tool_calls: false };
+  const whole = await openai.chat.completions.create(given);
+  const [call] = whole.choices[0].message.tool_calls;
+  assert.equal(call.function.name, "get_weather");
+  City.parse(JSON.parse(call.function.arguments));
+  assert.equal(whole.choices[0].finish_reason, "tool_calls");
+  const streamed = await openai.chat.completions.stream(given).finalMessage();
+  assert.deepEqual(streamed.tool_calls[0].function.arguments, call.function.arguments);
+  const called = [...messages, whole.choices[0].message, { role: "tool", tool_call_id: call.id, content: "sunny" }];
+  const last = await openai.chat.completions.create({ model, messages: called, tools, temperature: 0, max_tokens: 8 });
+  assert.ok(last.usage.prompt_tokens > whole.usage.prompt_tokens);
+  const form = { model, messages, temperature: 0, response_format: zodResponseFormat(City, "city") };
+  assert.ok(City.parse((await openai.chat.completions.parse(form)).choices[0].message.parsed));
 });
 
 test("openai: fill in the middle, and a stream that is left", async () => {
@@ -82,6 +105,24 @@ test("ai: text, thoughts and usage, whole and streamed", async () => {
   assert.equal((await streamed.usage).inputTokens, 13);
 });
 
+test("ai: a tool runs and answers, an answer has a form", async () => {
+  const seen = [];
+  const weather = tool({ description, inputSchema: City, execute: async (given) => (seen.push(given), "sunny") });
+  const given = { model: ai, messages, temperature: 0, maxRetries: 0, maxOutputTokens: 60, tools: { weather } };
+  const prepareStep = ({ stepNumber }) => ({ toolChoice: stepNumber ? "none" : { type: "tool", toolName: "weather" } });
+  const providerOptions = { ktrans: { parallel_tool_calls: false } };
+  const steps = { ...given, prepareStep, providerOptions, stopWhen: stepCountIs(2) };
+  const whole = await generateText(steps);
+  assert.deepEqual(whole.steps.map((s) => s.toolCalls.length > 0), [true, false]);
+  const streamed = streamText(steps);
+  await streamed.consumeStream();
+  assert.deepEqual((await streamed.steps)[0].toolCalls.map((c) => c.input), whole.steps[0].toolCalls.map((c) => c.input));
+  seen.forEach((item) => City.parse(item));
+  assert.equal(seen.length, 2);
+  const formed = await generateText({ model: ai, messages, temperature: 0, output: Output.object({ schema: City }) });
+  City.parse(formed.output);
+});
+
 test("@continuedev/openai-adapters: chat, stream, completion", async () => {
   const signal = new AbortController().signal;
   const whole = await adapter.chatCompletionNonStream({ model, messages, temperature: 0 }, signal);
@@ -92,4 +133,9 @@ test("@continuedev/openai-adapters: chat, stream, completion", async () => {
   const text = (await adapter.completionNonStream(given, signal)).choices[0].text;
   const pieces = await all(adapter.completionStream({ ...given, stream: true }, signal));
   assert.equal(pieces.map((p) => p.choices[0]?.text ?? "").join(""), text);
+  const calling = { model, messages, tools, temperature: 0, tool_choice: must, parallel_tool_calls: false };
+  const called = await all(adapter.chatCompletionStream({ ...calling, stream: true }, signal));
+  const deltas = called.flatMap((c) => c.choices[0]?.delta.tool_calls ?? []);
+  assert.deepEqual(deltas.flatMap((d) => d.function.name ?? []), ["get_weather"]);
+  City.parse(JSON.parse(deltas.map((d) => d.function.arguments).join("")));
 });

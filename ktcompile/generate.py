@@ -19,8 +19,8 @@ CHUNK = 512
 """Prompt tokens a step of a model that does not say how many: an interrupt waits for one chunk at most."""
 
 
-THINK = "<think>"
-"""What a thought begins with."""
+THINK, THOUGHT = "<think>", "</think>"
+"""What a thought begins with, and what it ends with. Templates look for the end in earlier answers."""
 
 
 def chunk_of(model: Any) -> int:
@@ -140,7 +140,9 @@ def encode_chat(
     template may know one of two variables for that (DeepSeek's and Qwen's); of others the end of the prompt is changed.
     What people write stays text: a special token inside a message or a tool is encoded as its characters.
     """
-    marks = {f"\ue000{i}\ue001": token for i, token in enumerate(tokenizer.all_special_tokens)}
+    added = tokenizer.added_tokens_decoder.values()  # `all_special_tokens` are those with a name, without roles
+    special = (token.content for token in added if token.special and token.content not in (THINK, THOUGHT))
+    marks = {f"\ue000{i}\ue001": token for i, token in enumerate(special)}
 
     def marked(value: Any) -> Any:
         if isinstance(value, str):
@@ -161,7 +163,7 @@ def encode_chat(
     rendered = render_jinja_template([given], known, chat_template=template, add_generation_prompt=True, **variables)
     text = str(rendered[0][0])
     if think is not None and text.rstrip().endswith(THINK) != think:
-        text += f"{THINK}\n" if think else "\n</think>\n\n"
+        text += f"{THINK}\n" if think else f"\n{THOUGHT}\n\n"
     ids: list[int] = []
     for piece in filter(None, re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]):
         plain = {"split_special_tokens": True} if piece in marks else {}
@@ -169,4 +171,4 @@ def encode_chat(
     return ids
 
 
-__all__ = ["CHUNK", "THINK", "Sampling", "Session", "Statistics", "chunk_of", "encode_chat", "stop_tokens"]
+__all__ = ["CHUNK", "THINK", "THOUGHT", "Sampling", "Session", "Statistics", "chunk_of", "encode_chat", "stop_tokens"]

@@ -204,6 +204,7 @@ def test_keys_models_and_lost_ways(served: Served, client: anthropic.Anthropic) 
     answer = httpx.post(f"{served.base}/v1/messages", json=BODY, headers={"x-api-key": "wrong"})
     told = {"type": "authentication_error", "message": "the API key is missing or wrong"}
     assert (answer.status_code, answer.json()) == (401, {"type": "error", "error": told})
+    assert [model.id for model in client.models.list()] == ["tiny"]
     with pytest.raises(anthropic.NotFoundError, match="there is 'tiny'"):
         client.messages.create(**ASK | {"model": "claude"})
     lost = served.http.get("/v1/messages/batches")

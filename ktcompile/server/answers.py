@@ -206,7 +206,8 @@ async def streamed(http: HttpRequest, answers: Answers, shape: Shape) -> AsyncIt
                 yield shape.said(item)
         for item in shape.end():
             yield shape.said(item)
-        yield shape.last
+        if shape.last:
+            yield shape.last
     except ApiError as error:
         yield shape.said(error.json(http.url.path))
     finally:

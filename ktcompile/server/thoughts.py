@@ -1,8 +1,7 @@
 """Parting an answer, as it comes, into what the model thinks and what it says."""
 
 from ktcompile.generate import THINK as OPEN
-
-CLOSE = "</think>"
+from ktcompile.generate import THOUGHT as CLOSE
 
 
 class Thoughts:

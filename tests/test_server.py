@@ -108,7 +108,13 @@ def test_a_long_prefix_is_read_once(served: Served) -> None:
 
 
 def test_infill(served: Served) -> None:
-    body = {"input_prefix": "def add(a, b):\n    return ", "input_suffix": "\n", "temperature": 0, "n_predict": 8}
+    body = {
+        "input_prefix": "def add(a, b):\n    return ",
+        "input_suffix": "\n",
+        "temperature": 0,
+        "n_predict": 8,
+        "n": 2,
+    }
     whole = served.post("/infill", body).json()
     assert whole["stop"] and whole["tokens_predicted"] <= 8 and whole["stop_type"] in ("limit", "eos")
     stream = served.http.post("/infill", json=body | {"stream": True}).text

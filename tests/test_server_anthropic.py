@@ -74,6 +74,8 @@ def test_a_stream_says_that_it_lives(served: Served, monkeypatch: pytest.MonkeyP
 
 
 def test_systems_blocks_and_stops(served: Served, client: anthropic.Anthropic) -> None:
+    names = ("tools", "tool_choice", "system", "thinking", "output_config", "stop_sequences", "stream")
+    assert served.post("/v1/messages", BODY | dict.fromkeys(names)).json()["content"][0]["text"] == ANSWER
     stopped = client.messages.create(**ASK, stop_sequences=["of Fr"])
     assert stopped.content[0].text == "The capital "
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", "of Fr")

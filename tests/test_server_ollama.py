@@ -104,7 +104,11 @@ def test_tools_are_called_and_answer(served: Served, client: ollama.Client, monk
     assert last.done and last.prompt_eval_count and last.prompt_eval_count > 100
 
 
-def test_options(client: ollama.Client) -> None:
+def test_options(served: Served, client: ollama.Client) -> None:
+    nothing = dict.fromkeys(("options", "tools", "format", "think", "keep_alive")) | {"stream": False}
+    before = {"role": "assistant", "content": None, "tool_calls": None}
+    assert served.post("/api/chat", ASK | nothing | {"messages": [before, *QUESTION]}).json()["done"]
+
     def ask(**options: Any) -> ollama.ChatResponse:
         return client.chat("tiny", STORY, options={"num_predict": 12, "num_ctx": 1 << 20, "mirostat": 0} | options)
 

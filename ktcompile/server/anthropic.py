@@ -121,8 +121,8 @@ class CountRequest(Generation):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     system: StrictStr | list[Part] | None = None
     thinking: Thinking | None = None
-    tools: list[ClientTool] = Field(default_factory=list, max_length=MAX_TOOLS)
-    tool_choice: ToolChoice = ToolChoice()
+    tools: list[ClientTool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
 
     def plain(self) -> list[dict[str, Any]]:
@@ -136,7 +136,7 @@ class CountRequest(Generation):
     def may_call(self) -> Tools:
         """The tools. ApiError for those that the client does not run."""
         offered = []
-        for i, tool in enumerate(self.tools):
+        for i, tool in enumerate(self.tools or ()):
             if tool.input_schema is None:
                 told = f"tools[{i}] of type {tool.type!r} has no input_schema: nothing is run here, clients run tools"
                 raise ApiError(400, told, param="tools")
@@ -144,7 +144,7 @@ class CountRequest(Generation):
                 name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
             )
             offered.append(OfferedTool(type="function", function=given))
-        choice = self.tool_choice
+        choice = self.tool_choice or ToolChoice()
         named = NamedTool(type="function", function=NamedFunction(name=choice.name))
         kinds: dict[str, Any] = {"auto": "auto", "any": "required", "tool": named, "none": "none"}
         parallel = not choice.disable_parallel_tool_use

@@ -52,6 +52,7 @@ async def infill(http: HttpRequest, given: InfillRequest) -> Response:
     """
     state = state_of(http)
     state.ready()
+    given.n = 1
     if given.n_predict is not None:
         given.max_tokens = given.n_predict
     ids = await asyncio.to_thread(prompt_of, state, given)

@@ -78,7 +78,7 @@ class Message(Body):
     """A message of a conversation. What was thought before is not read again."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: StrictStr = ""
+    content: StrictStr | None = None
     images: list[Any] | None = None
     tool_calls: list[Call] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_call_id: StrictStr | None = None
@@ -106,7 +106,7 @@ class Asked(Body):
 
     model: StrictStr | None = None
     stream: StrictBool | None = None
-    options: Options = Options()
+    options: Options | None = None
     think: StrictBool | Literal["low", "medium", "high"] | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None
 
@@ -196,7 +196,8 @@ async def generate(http: HttpRequest, given: GenerateRequest) -> Response:
 
 async def lines(http: HttpRequest, given: Asked, prompt: Prompt, shape: "Lines") -> Response:
     """What is answered to a prompt: streamed, if nothing else is asked for."""
-    return await answered(http, answers_to(http, given.options.taken(), prompt), shape, given.stream is not False)
+    generation = (given.options or Options()).taken()
+    return await answered(http, answers_to(http, generation, prompt), shape, given.stream is not False)
 
 
 class Lines(Shape):

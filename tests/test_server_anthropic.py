@@ -176,7 +176,7 @@ def test_blocks(served: Served, monkeypatch: pytest.MonkeyPatch, text: str, reas
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "nothing is run here"),
         ({"tools": [WEATHER, WEATHER]}, "'get_weather' twice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}}, "tool_choice 'other'"),
-        ({"tools": [WEATHER | {"input_schema": {"type": "wrong"}}], "tool_choice": {"type": "any"}}, "tools: "),
+        ({"tools": [WEATHER | {"input_schema": {"type": "wrong"}}], "tool_choice": {"type": "any"}}, "tools[0]: "),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, "the context holds 1024"),
     ],
 )  # fmt: skip

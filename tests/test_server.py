@@ -226,14 +226,14 @@ def test_a_stream_says_that_it_lives(served: Served, monkeypatch: pytest.MonkeyP
     assert (stream.headers["cache-control"], stream.headers["x-accel-buffering"]) == ("no-cache", "no")
 
 
-def test_who_goes_is_not_worked_for(served: Served) -> None:
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat", "/infill"])
+def test_who_goes_is_not_worked_for(served: Served, path: str) -> None:
     def cancelled() -> int:
         return dict(served.state.engine.statistics.finished).get("cancelled", 0)
 
-    before, body = cancelled(), {"messages": STORY, "temperature": 0, "stream": True}
-    with served.http.stream("POST", "/v1/chat/completions", json=body) as stream:
-        lines = stream.iter_lines()
-        assert json.loads(next(lines).removeprefix("data: "))["object"] == "chat.completion.chunk"
+    before = cancelled()
+    with served.http.stream("POST", path, json={"messages": STORY, "temperature": 0, "stream": True}) as stream:
+        assert stream.status_code == 200 and next(stream.iter_lines())
     end = time.monotonic() + 20
     while cancelled() == before and time.monotonic() < end:
         time.sleep(0.02)

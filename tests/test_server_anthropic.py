@@ -9,6 +9,7 @@ import httpx
 import pytest
 from served import KEY, QUESTION, STORY, Served, scripted
 
+from ktcompile.errors import BusyError
 from ktcompile.request import Finished, Usage
 
 THOUGHT = "This is an easy question. I will answer in one sentence."
@@ -211,6 +212,21 @@ def test_keys_models_and_lost_ways(served: Served, client: anthropic.Anthropic) 
         client.messages.create(**ASK | {"model": "claude"})
     lost = served.http.get("/v1/messages/batches")
     assert (lost.status_code, lost.json()["error"]["type"]) == (404, "not_found_error")
+
+
+def test_a_full_queue_and_a_model_that_loads(
+    served: Served, client: anthropic.Anthropic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(*_: Any) -> None:
+        raise BusyError("4 requests wait")
+
+    monkeypatch.setattr(served.state.engine, "submit", submit)
+    with pytest.raises(anthropic.RateLimitError, match=r"rate_limit_error.*4 requests wait") as caught:
+        client.messages.create(**ASK)
+    assert caught.value.response.headers["retry-after"] == "5"
+    monkeypatch.setattr(served.state, "engine", None)
+    with pytest.raises(anthropic.InternalServerError, match=r"api_error.*loading: "):
+        client.messages.create(**ASK)
 
 
 def test_an_error_of_a_stream_ends_it(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,5 +75,6 @@ def test_every_template_begins_a_thought_or_none(name: str) -> None:
         assert ids == tokenizer("a" + end, add_special_tokens=False)["input_ids"]
         prompt = prompt_of(state, [{"role": "user", "content": "a"}], think=think)
         assert (prompt.ids, prompt.thinks) == (tuple(ids), end.rstrip().endswith("<think>"))
+        assert prompt.say == {8, 9}  # special tokens in the embedded model: <think>, </think>
     state.think = True
     assert prompt_of(state, [{"role": "user", "content": "a"}]).thinks

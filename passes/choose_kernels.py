@@ -31,6 +31,7 @@ class ChooseKernels(Pass):
         "triton_encoded",
         "triton",
         "encoded",
+        "torch_mla",
         "reference",
     )
     gqa: tuple[str, ...] = ("triton_gqa_planes", "triton_gqa", "encoded", "reference")

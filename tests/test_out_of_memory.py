@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ktcompile import CapacityError, Target, load
+from ktcompile import CapacityError, Kernel, Target, load
 from ktcompile.backends.reference import Reference
+from ktcompile.backends.torch_mla import TorchMLA
 from ktcompile.memory import out_of_memory
 from ktcompile.target import detect
 
@@ -29,15 +30,21 @@ def step(model: Any, cache: Any, ids: list[int]) -> Tensor:
 
 def failing(monkeypatch: pytest.MonkeyPatch, path: str) -> list[Any]:
     """From now on the kernel of this region finds no memory; what it is given is remembered weakly."""
-    real, seen = Reference.__call__, list[Any]()
+    seen = list[Any]()
 
-    def call(self: Reference, packed: Any, region: Any, *inputs: Any) -> Any:
-        if region.path.endswith(path):
-            seen.extend(ref(i) for i in inputs if isinstance(i, Tensor))
-            raise torch.OutOfMemoryError(FULL)
-        return real(self, packed, region, *inputs)
+    def full(kernel: type[Kernel]) -> None:
+        real = kernel.__call__
 
-    monkeypatch.setattr(Reference, "__call__", call)
+        def call(self: Kernel, packed: Any, region: Any, *inputs: Any) -> Any:
+            if region.path.endswith(path):
+                seen.extend(ref(i) for i in inputs if isinstance(i, Tensor))
+                raise torch.OutOfMemoryError(FULL)
+            return real(self, packed, region, *inputs)
+
+        monkeypatch.setattr(kernel, "__call__", call)
+
+    full(Reference)
+    full(TorchMLA)
     return seen
 
 

@@ -67,7 +67,8 @@ class Engine:
     """Answers requests by `model`, as `ktcompile.load` returns it, whose only user it is.
 
     `cache_tokens`: of all requests together; default: the model's context. `max_batch` requests run at once and
-    `max_queue` wait. A step takes at most `chunk` tokens, and `mixed_chunk` of prompts while others are answered.
+    `max_queue` wait. A step takes at most `chunk` tokens, and `mixed_chunk` of prompts while others are answered, fewer
+    if it would take much longer than one of answers alone (`Pace`).
     """
 
     def __init__(
@@ -220,9 +221,13 @@ class Engine:
             self._leave_queue(a)
         rows = self.schedule.plan()
         if rows:
+            prompt = sum(count for a, count in rows if a.pending > 1)
+            answers = sum(a.pending == 1 for a, _ in rows)
             self._run(rows)
+            took = time.perf_counter() - start
+            self.schedule.pace.took(took, prompt, answers)
             self._steps += 1
-            self._step_s += time.perf_counter() - start
+            self._step_s += took
         self._publish()
         return bool(rows or self.schedule.requests)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ktcompile.errors import KtransError
 from ktcompile.grammar import Matcher
+from ktcompile.pace import Pace
 from ktcompile.pages import Pages, Table
 from ktcompile.request import Handle, Request, Usage
 from ktcompile.sampling import Sampling
@@ -19,7 +20,7 @@ from ktcompile.symbols import PAGE
 from ktcompile.text import Text
 
 MIXED_CHUNK = 256
-"""Prompt tokens a step while others are answered, where nobody says how many: how long these wait for a token."""
+"""Prompt tokens a step while others are answered, at most, where nobody says how many."""
 
 PATIENCE = 16
 """Requests that may pass one for which there are not enough pages."""
@@ -98,14 +99,15 @@ def shares(remaining: Sequence[int], budget: int) -> list[int]:
 class Schedule:
     """The requests of an engine, those that run and those that wait, and the pages that they share.
 
-    `max_batch` run at once. A step takes at most `chunk` tokens, `mixed_chunk` of prompts while others are answered.
+    `max_batch` run at once. A step takes at most `chunk` tokens, `mixed_chunk` of prompts while others are answered,
+    fewer as its `pace` has it.
     """
 
     def __init__(self, pages: int, max_batch: int, chunk: int, mixed_chunk: int) -> None:
         for name, value in (("chunk", chunk), ("mixed_chunk", mixed_chunk), ("max_batch", max_batch)):
             if value < 1:
                 raise KtransError(f"{name} {value}: 1 or more")
-        self.max_batch, self.chunk, self.mixed_chunk = min(max_batch, chunk), chunk, mixed_chunk
+        self.max_batch, self.chunk, self.pace = min(max_batch, chunk), chunk, Pace(mixed_chunk)
         self.pages = Pages(pages)
         self.active: list[Active] = []
         self.waiting: list[Active] = []  # in the order in which they came
@@ -181,7 +183,7 @@ class Schedule:
         self.active.sort(key=lambda a: a.order)
         prompts = [a for a in self.active if a.pending > 1]
         answered = len(self.active) - len(prompts)
-        budget = min(self.mixed_chunk if answered else self.chunk, self.chunk - answered)
+        budget = min(self.pace.tokens if answered else self.chunk, self.chunk - answered)
         given = dict(zip(prompts, shares([a.pending for a in prompts], budget), strict=True))
         rows: list[tuple[Active, int]] = []
         for a in list(self.active):

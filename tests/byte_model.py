@@ -15,6 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ktcompile.cache import PagedCache, slots
 from ktcompile.engine import Engine
+from ktcompile.pace import Pace
 from ktcompile.penalties import penalised
 from ktcompile.request import Request
 from ktcompile.sampling import Choices, Sampled, sample
@@ -105,9 +106,19 @@ class ByteModel:
         return sample(self._step(ids, positions, counts, keep, cache), choices)
 
 
+class Steady(Pace):
+    """Steps as large as they may be, however long they take: what a test sees does not depend on the time."""
+
+    def took(self, seconds: float, prompt: int, answers: int) -> None:
+        """Nothing is learned."""
+
+
 def byte_engine(model: ByteModel | None = None, **options: int) -> Engine:
     """An engine over the stand-in, not started."""
-    return Engine(model or ByteModel(), Tokens(), **options)  # type: ignore[arg-type]
+    engine = Engine(model or ByteModel(), Tokens(), **options)  # type: ignore[arg-type]
+    engine.schedule.pace = Steady(engine.schedule.pace.most)
+    engine.schedule.pace.tokens = engine.schedule.pace.most
+    return engine
 
 
 def check(engine: Engine) -> None:

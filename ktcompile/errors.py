@@ -31,3 +31,7 @@ class KernelError(KtransError):
 
 class BusyError(KtransError):
     """So many requests wait that one more is refused: the same request may succeed later."""
+
+
+class TemplateError(KtransError):
+    """A model's chat template refuses a conversation, is wrong, or takes too long or too much."""

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from ktcompile.cache import PagedCache
-from ktcompile.errors import CapacityError
+from ktcompile.errors import CapacityError, KtransError
 from ktcompile.sampling import Choices, Sampling
+from ktcompile.template import render
 
 CHUNK = 512
 """Prompt tokens a step of a model that does not say how many: an interrupt waits for one chunk at most."""
@@ -138,7 +139,8 @@ def encode_chat(
 
     `think`: whether the answer begins inside <think>, or without a thought; None: as the model's template has it. A
     template may know one of two variables for that (DeepSeek's and Qwen's); of others the end of the prompt is changed.
-    What people write stays text: a special token inside a message or a tool is encoded as its characters.
+    What people write stays text: a special token inside a message or a tool is encoded as its characters. Raises
+    TemplateError, and KtransError for what is no text.
     """
     added = tokenizer.added_tokens_decoder.values()  # `all_special_tokens` are those with a name, without roles
     special = (token.content for token in added if token.special and token.content not in (THINK, THOUGHT))
@@ -155,20 +157,54 @@ def encode_chat(
 
     given = [marked(message) for message in messages]
     known = [marked(tool) for tool in tools] or None
-    variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
-    if think is not None:
-        variables |= {"thinking": think, "enable_thinking": think}
-    template = tokenizer.get_chat_template(None, known)
-    # not by apply_chat_template, which drops a content that is None: DeepSeek's template asks for it
-    rendered = render_jinja_template([given], known, chat_template=template, add_generation_prompt=True, **variables)
-    text = str(rendered[0][0])
+    switch = {} if think is None else {"thinking": think, "enable_thinking": think}
+    text = render(tokenizer, given, known, switch)
     if think is not None and text.rstrip().endswith(THINK) != think:
         text += f"{THINK}\n" if think else f"\n{THOUGHT}\n\n"
     ids: list[int] = []
     for piece in filter(None, re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]):
-        plain = {"split_special_tokens": True} if piece in marks else {}
-        ids += tokenizer(marks.get(piece, piece), add_special_tokens=False, verbose=False, **plain)["input_ids"]
+        ids += encode(tokenizer, marks.get(piece, piece), plain=piece in marks)
     return ids
 
 
-__all__ = ["CHUNK", "THINK", "THOUGHT", "Sampling", "Session", "Statistics", "chunk_of", "encode_chat", "stop_tokens"]
+def encode(
+    tokenizer: PreTrainedTokenizerFast, text: str, *, plain: bool = False, add_special: bool = False
+) -> list[int]:
+    """Token ids of a text. `plain`: special tokens in it are text; `add_special`: with those around every text.
+
+    For several threads at once: transformers' `split_special_tokens` is a setting of the tokenizer itself, which one
+    thread would change under another. Raises KtransError for what is no text.
+    """
+    backend = tokenizer.backend_tokenizer
+    if plain:
+        backend = _without_special(backend)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"{text[error.start]!r} at {error.start}"
+        raise KtransError(f"the text has {half}, half of a pair that JSON writes a character as") from error
+    return list(backend.encode(text, add_special_tokens=add_special).ids)
+
+
+def _without_special(backend: Tokenizer) -> Tokenizer:
+    """The same vocabulary and rules, nothing of it copied, without special tokens: made in some microseconds."""
+    made = Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        if (value := getattr(backend, part)) is not None:
+            setattr(made, part, value)
+    made.add_tokens([token for token in backend.get_added_tokens_decoder().values() if not token.special])
+    return made
+
+
+__all__ = [
+    "CHUNK",
+    "THINK",
+    "THOUGHT",
+    "Sampling",
+    "Session",
+    "Statistics",
+    "chunk_of",
+    "encode",
+    "encode_chat",
+    "stop_tokens",
+]

@@ -5,12 +5,7 @@ Grammars are written in llguidance's Lark, in which `%json {schema}` stands for 
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ktcompile.apart import Apart, Ended
 from ktcompile.errors import KtransError
 from ktcompile.grammar_trial import LIMITS, SECONDS
 
@@ -81,10 +77,9 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, stop: frozenset[int]) -> None:
         size = max(vocabulary, tokenizer.get_vocab_size(with_added_tokens=True))
         source = tokenizer.to_str()
-        self._given = json.dumps([source, size, sorted(stop)])
-        self._trial: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()  # of the trial
-        self._start_soon()
+        trial = Path(__file__).with_name("grammar_trial.py")
+        self._trial = Apart(trial, json.dumps([source, size, sorted(stop)]))
+        self._trial.start_soon()
         self._tokenizer = LLTokenizer(source, n_vocab=size, eos_token=sorted(stop))
         added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
         self._special = {text: i for text, i in added.items() if self._tokenizer.is_special_token(i)}
@@ -96,8 +91,7 @@ class Grammars:
         """
         if len(rules) > MAX_GRAMMAR:
             raise KtransError(f"it has {len(rules)} characters, {MAX_GRAMMAR} are taken")
-        with self._lock:
-            wrong = self._tried(LLMatcher.grammar_from_lark(f"start: answer\n{rules}"))
+        wrong = self._tried(LLMatcher.grammar_from_lark(f"start: answer\n{rules}"))
         if wrong:
             raise KtransError(_plain(wrong))
         source = LLMatcher.grammar_from_lark(f"start: {before} answer\n{rules}\n{more}")
@@ -105,44 +99,12 @@ class Grammars:
 
     def _tried(self, source: str) -> str:
         """What is wrong with a grammar, found where it can do no harm."""
-        trial = self._started()
-        assert trial.stdin is not None and trial.stdout is not None
-        line = ""
-        with suppress(OSError):
-            trial.stdin.write(json.dumps(source) + "\n")
-            trial.stdin.flush()
-            line = trial.stdout.readline()
-        if line:
-            return str(json.loads(line))
-        self._trial = None
-        self._start_soon()
-        trial.kill()
-        if trial.wait() == -signal.SIGALRM:
-            return f"it takes more than {SECONDS} s to compile"
-        return "it cannot be compiled: the process that tried it broke"
-
-    def _started(self) -> "subprocess.Popen[str]":
-        if self._trial is None or self._trial.poll() is not None:
-            # -P: files of this package are no modules for themselves. A session: Ctrl-C is not for it
-            command = [sys.executable, "-P", str(Path(__file__).with_name("grammar_trial.py"))]
-            pipe, null = subprocess.PIPE, subprocess.DEVNULL
-            self._trial = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=null, text=True, encoding="utf-8", start_new_session=True
-            )
-            assert self._trial.stdin is not None
-            with suppress(OSError):  # one that ends at once is found so by who asks it
-                self._trial.stdin.write(self._given + "\n")
-                self._trial.stdin.flush()
-        return self._trial
-
-    def _start_soon(self) -> None:
-        """Start the process meanwhile, so that who comes next need not wait."""
-
-        def start() -> None:
-            with self._lock:
-                self._started()
-
-        threading.Thread(target=start, name="grammar trial", daemon=True).start()
+        try:
+            return str(json.loads(self._trial.ask(json.dumps(source))))
+        except Ended as error:
+            if error.was_late:
+                return f"it takes more than {SECONDS} s to compile"
+            return "it cannot be compiled: the process that tried it broke"
 
     def literal(self, text: str) -> str:
         """Lark for exactly this text. A special token in it, and no other text like it, is that token."""

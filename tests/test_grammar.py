@@ -193,9 +193,10 @@ def test_what_no_grammar_can_promise_is_left_alone_if_not_strict(grammars: Gramm
 
 def test_a_process_that_breaks_is_started_again(grammars: Grammars) -> None:
     grammars.grammar('answer: "a"')
-    assert grammars._trial is not None
-    grammars._trial.kill()
-    grammars._trial.wait()
+    running = grammars._trial._running
+    assert running is not None
+    running.kill()
+    running.wait()
     grammars.grammar('answer: "a"')
 
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import StrictBool, StrictInt, StrictStr
 
+from ktcompile.generate import encode
 from ktcompile.server.errors import ApiError
 from ktcompile.server.prompt import prompt_of
 from ktcompile.server.requests import Body, ChatRequest
@@ -83,9 +84,8 @@ async def tokenize(request: Request, given: TokenizeRequest) -> dict[str, list[i
     """Ids of a text."""
     state = state_of(request)
     state.ready()
-    plain = {} if given.parse_special else {"split_special_tokens": True}
-    ids = state.tokenizer(given.content, add_special_tokens=given.add_special, verbose=False, **plain)["input_ids"]
-    return {"tokens": ids}
+    plain = not given.parse_special
+    return {"tokens": encode(state.tokenizer, given.content, plain=plain, add_special=given.add_special)}
 
 
 @router.post("/detokenize")

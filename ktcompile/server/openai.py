@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
+from ktcompile.generate import encode
 from ktcompile.penalties import Penalties
 from ktcompile.request import Event, Finished, Piece, Request, Usage
 from ktcompile.server.answers import Answers, Delta, Shape, answered, end_of, timings_of, usage_of
@@ -95,13 +96,12 @@ def prompt_ids(state: State, given: CompletionRequest) -> list[int]:
         return [int(token) for token in prompt]
     if given.suffix:
         return fill_in(state, plain_ids(state, prompt), plain_ids(state, given.suffix))
-    return [*state.bos, *map(int, state.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])]
+    return [*state.bos, *encode(state.tokenizer, prompt)]
 
 
 def plain_ids(state: State, text: str) -> list[int]:
     """Token ids of a text in which special tokens are text too."""
-    ids = state.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
-    return [int(i) for i in ids]
+    return encode(state.tokenizer, text, plain=True)
 
 
 def fill_in(state: State, before: list[int], after: list[int]) -> list[int]:

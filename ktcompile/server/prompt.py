@@ -16,6 +16,7 @@ from ktcompile.server.errors import ApiError
 from ktcompile.server.state import State
 from ktcompile.server.thoughts import CLOSE, OPEN
 from ktcompile.server.tools import NO_TOOLS, Template, Tools, calls_rules
+from ktcompile.template import template_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def prompt_of(
     for i, tool in enumerate(tools.offered):
         with _refusing(f"tools[{i}]"):
             check_schema(tool.schema)
-    template = Template.of(str(state.tokenizer.get_chat_template(None, [{}] if tools.offered else None)))
+    template = Template.of(template_of(state.tokenizer, bool(tools.offered)))
     told = template.messages(messages, tools.offered)
     given = [tool.json() for tool in tools.offered] if template.takes_tools else []
     ids = encode_chat(state.tokenizer, told, (state.think or None) if think is None else think, given)

@@ -31,14 +31,14 @@ def user_file() -> Path:
 def shipped() -> Table:
     """The table that ships with ktcompile; its instruction sets are those that have tiles."""
     file = files("ktcompile.backends") / "tile_tokens.yaml"
-    return _parse(file.read_text(), str(file))
+    return _parse(file.read_text(encoding="utf-8"), str(file))
 
 
 def user() -> Table:
     """The user's table, empty if there is none; RulesError names the file and the entry that is damaged."""
     path = user_file()
     try:
-        return _parse(path.read_text(), str(path))
+        return _parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -64,13 +64,13 @@ def write(path: Path, measured: Table, about: str) -> str:
     `about` names machine and command. A damaged file is replaced. Raises OSError.
     """
     try:
-        before = _parse(path.read_text(), str(path))
+        before = _parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, ValueError, RulesError):
         before = {}
     text = _text(measured, before, about)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
     return text
 
 

@@ -240,7 +240,7 @@ def _one_prompt(prompt: str | None, file: Path | None) -> str | None:
         raise RulesError("--prompt and --prompt-file: give one of them")
     if file is not None:
         try:
-            prompt = (sys.stdin.read() if str(file) == "-" else file.read_text()).rstrip("\n")
+            prompt = (sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")).rstrip("\n")
         except OSError as error:
             raise RulesError(f"--prompt-file {str(file)!r}: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -429,7 +429,7 @@ def _key(given: str | None, file: Path | None) -> str | None:
         raise RulesError("--api-key and --api-key-file: give one of them")
     if file is not None:
         try:
-            given = file.read_text().split("\n")[0].strip()
+            given = file.read_text(encoding="utf-8").split("\n")[0].strip()
         except (OSError, UnicodeDecodeError) as error:
             raise RulesError(f"--api-key-file {str(file)!r}: {getattr(error, 'strerror', None) or error}") from error
     if given is not None and not given.strip():
@@ -602,7 +602,7 @@ def _write(path: Path, text: str) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RulesError(f"cannot write {path}: {error.strerror}") from error
     err.print(f"wrote {path}")

@@ -217,7 +217,7 @@ def _read(rules: str | Path, asked: str | None) -> tuple[str, str]:
             raise RulesError(
                 f"{prefix}no rules {rules!r}; {near(rules, shipped())} (a file is named by its path: ./{rules}.yaml)"
             )
-        return (files("ktcompile.rules") / f"{rules}.yaml").read_text(), f"{rules}.yaml"
+        return (files("ktcompile.rules") / f"{rules}.yaml").read_text(encoding="utf-8"), f"{rules}.yaml"
     try:
         with path.open("rb") as opened:  # whatever it is (`extends: /dev/zero`), no more than this is read
             return opened.read(MAX_BYTES + 1).decode("utf-8"), str(path)

@@ -285,7 +285,7 @@ def with_vram(target: Target, vram: str | int) -> Target:
 def load(path: Path | str) -> Target:
     """A target from YAML: `devices: [{name, kind, capacity, bandwidth, features}]`, sizes as `24G`."""
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         devices = tuple(
             Device(d["name"], d["kind"], size(d["capacity"]), float(d["bandwidth"]), frozenset(d.get("features", ())))
             for d in data["devices"]

@@ -85,4 +85,4 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,15 +14,15 @@ from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from ktcompile.errors import RulesError
+from ktcompile.errors import KtransError, RulesError, TemplateError
 from ktcompile.server import anthropic, infill, llama, ollama, openai
+from ktcompile.server.connections import server_of
 from ktcompile.server.errors import ApiError
 from ktcompile.server.guard import LOOPBACK, Guard
 from ktcompile.server.metrics import Metrics
@@ -72,6 +72,11 @@ def create_app(state: State, *, key: str | None = None, hosts: tuple[str, ...] |
     async def told(request: Request, error: ApiError) -> Response:
         return JSONResponse(error.json(request.url.path), error.status, error.headers)
 
+    @app.exception_handler(KtransError)
+    async def unusable(request: Request, error: KtransError) -> Response:
+        code = "template_error" if isinstance(error, TemplateError) else "invalid_value"
+        return await told(request, ApiError(400, str(error), code=code))
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
@@ -92,7 +97,7 @@ def create_app(state: State, *, key: str | None = None, hosts: tuple[str, ...] |
 
 def _pages(app: FastAPI, state: State) -> None:
     """The page to chat on, and what its second tab shows."""
-    html = (files("ktcompile.server") / "page.html").read_text()
+    html = (files("ktcompile.server") / "page.html").read_text(encoding="utf-8")
     seen: deque[tuple[float, int]] = deque(maxlen=64)
 
     @app.get("/")
@@ -147,18 +152,7 @@ def serve(
         ready()
         _ = state.grammars  # so that nobody waits for it
 
-    app = create_app(state, key=key, hosts=hosts)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        lifespan="on",
-        server_header=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        limit_concurrency=2048,
-    )
-    server = uvicorn.Server(config)
+    server = server_of(create_app(state, key=key, hosts=hosts), DRAIN_SECONDS)
     threading.Thread(target=loading, name="load", daemon=True).start()
     server.run(sockets=[listener])
 

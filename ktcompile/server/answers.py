@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -73,12 +74,16 @@ class Answers:
     async def all(self, http: HttpRequest) -> list[list[Event]]:
         """Every event of each request. Raises ApiError where one failed, and ends all where the client is gone."""
         found: list[list[Event]] = [[] for _ in self.handles]
+        looked = time.monotonic()
         try:
             while self.open:
                 came = await self.next(POLL_SECONDS)
                 if came is not None:
                     found[came[0]].append(came[1])
-                elif await http.is_disconnected():
+                if time.monotonic() - looked < POLL_SECONDS:
+                    continue
+                looked = time.monotonic()
+                if await http.is_disconnected():
                     raise ApiError(499, "the client is gone")
         finally:
             self.cancel()

@@ -5,6 +5,7 @@ import hmac
 import json
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from ktcompile.server.errors import ApiError
@@ -19,6 +20,9 @@ MAX_BODY_BYTES = 16 << 20
 
 BODY_SECONDS = 30.0
 """A body that has not come by then is not waited for."""
+
+REST_SECONDS, REST_BYTES = 1.0, 64 << 20
+"""So much of a refused body is still taken. A connection closed before would often be told of, and its answer not."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -46,10 +50,11 @@ class Guard:
             self._check(scope["path"], headers)
             body = await asyncio.wait_for(_body(headers, receive), BODY_SECONDS)
         except TimeoutError:
-            await answer(send, scope["path"], ApiError(408, f"the body did not come within {BODY_SECONDS:g} s"))
+            late = ApiError(408, f"the body did not come within {BODY_SECONDS:g} s")
+            await answer(receive, send, scope["path"], late)
             return
         except ApiError as error:
-            await answer(send, scope["path"], error)
+            await answer(receive, send, scope["path"], error)
             return
         if body is None:  # the client is gone
             return
@@ -92,13 +97,26 @@ async def _body(headers: dict[str, str], receive: Receive) -> bytes | None:
             return b"".join(parts)
 
 
-async def answer(send: Send, path: str, error: ApiError) -> None:
-    """Send an error as JSON and close."""
+async def answer(receive: Receive, send: Send, path: str, error: ApiError) -> None:
+    """Send an error as JSON, and close when the rest of the body has come: many clients read no answer before that."""
     body = json.dumps(error.json(path)).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
     pairs = [(k.lower().encode(), v.encode()) for k, v in (headers | error.headers).items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    with suppress(TimeoutError):
+        await asyncio.wait_for(_dropped(receive), REST_SECONDS)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _dropped(receive: Receive) -> None:
+    """Read what is left of the body, REST_BYTES of it."""
+    size = 0
+    while size < REST_BYTES:
+        message = await receive()
+        size += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
 
 
 __all__ = ["BODY_SECONDS", "LOOPBACK", "MAX_BODY_BYTES", "OPEN_PATHS", "Guard", "answer"]

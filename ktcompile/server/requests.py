@@ -101,10 +101,10 @@ class Generation(Body):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
 
-    @field_validator("logit_bias")
+    @field_validator("logit_bias", mode="before")  # before each of a million is looked at
     @classmethod
-    def _few_biases(cls, given: dict[str, float] | None) -> dict[str, float] | None:
-        if given is not None and len(given) > MAX_BIASES:
+    def _few_biases(cls, given: object) -> object:
+        if isinstance(given, dict) and len(given) > MAX_BIASES:
             raise ValueError(f"{len(given)} biases, {MAX_BIASES} are taken")
         return given
 

@@ -189,7 +189,7 @@ def _load(
 
     from ktcompile.model import load, torch_threads
 
-    err.print(f"[dim]capturing {checkpoint.name}[/dim]", soft_wrap=True)
+    err.print(f"[dim]loading {checkpoint.name}[/dim]", soft_wrap=True)
     with _progress("packing") as (bar, task):
 
         def progress(region: str, done: int, total: int) -> None:
@@ -210,8 +210,11 @@ def _load(
             target=target,
             vram=vram,
             packed_cache=packed_cache,
+            compile_cache=True,
             progress=progress,
         )
+    for note in compiled.compile_cache.notes:
+        err.print(f"[dim]compile cache: {note}[/dim]", soft_wrap=True)
     if kept := compiled.store.cache:
         for note in (f"{kept.loaded} regions read from {kept.folder}, {kept.saved} written", *kept.notes):
             err.print(f"[dim]packed cache: {note}[/dim]", soft_wrap=True)

@@ -17,6 +17,7 @@ from ktcompile.budget import smallest_change
 from ktcompile.cache import PagedCache, row_layout, windows
 from ktcompile.capture import annotate_weights, attention_of, capture, computed, empty_model
 from ktcompile.checkpoint import Checkpoint, open_checkpoint
+from ktcompile.compile_cache import CompileCache, Compiled
 from ktcompile.errors import CapacityError, KtransError, RulesError
 from ktcompile.graph import regions, short, value_of
 from ktcompile.kernel import Kernel, StepFacts
@@ -592,6 +593,7 @@ def load(
     cache_dtype: str | None = None,
     chunk: int | None = None,
     packed_cache: str | Path | None = None,
+    compile_cache: bool = False,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """A compiled Hugging Face model: call it, or `generate` with it.
@@ -600,7 +602,8 @@ def load(
     lacks. `experts`: keep that many of the router's top-k (lossy). `quantize`: fewer bits for the routed experts, made
     while loading (lossy): `int4`, `int8`, …, or `GLOB=ENCODING,…`. `vram`: use at most so much of each GPU's memory
     (`24G`); torch's allocator keeps to it in the whole process. `packed_cache`: a folder that keeps packed experts
-    for the next start; `user` is the user's cache folder, `model` one beside the model. Besides the usual methods it
+    for the next start; `user` is the user's cache folder, `model` one beside the model. `compile_cache`: keep the
+    compiled graphs in the user's cache folder, and take them from there. Besides the usual methods the model
     has `plans` (by phase), `step`, `next_tokens`, `new_cache`, `memory`, `chunk` and `context`.
     `cache_dtype`: `fp8` keeps latents in 8 bits (lossy). `chunk`: prompt tokens a step; default: what fits best.
     Raises ModelFileError, RulesError, CapacityError.
@@ -621,12 +624,13 @@ def load(
         chunk=chunk,
     )
     hollow = empty_model(checkpoint.config, settings.dtype)
-    graphs: dict[Phase, fx.GraphModule] = {}
-    plans: dict[Phase, Plan] = {}
-    for phase in PHASES:
-        gm = capture_phase(hollow, phase, settings, checkpoint)
-        graphs[phase], (plans[phase],), settings = run_phase(gm, settings, checkpoint, phase)
-    check_one_layout(list(graphs.values()))
+    reuse = _compile_cache(checkpoint, settings) if compile_cache else None
+    compiled = reuse.load() if reuse else None
+    if compiled is None:
+        compiled = _compiled(hollow, settings, checkpoint)
+        if reuse:
+            reuse.save(compiled)
+    graphs, plans, settings = compiled.graphs, compiled.plans, replace(settings, chunks=compiled.chunks)
     if vram is not None:
         keep_to(settings.target)
     tables = {k: b for k, b in hollow.named_buffers() if not b.isnan().any()}  # what the model computed itself
@@ -643,6 +647,7 @@ def load(
     hollow.forward = torch.compiler.disable(forward.__call__)
     extra = {"plans": plans, "step": forward.step, "new_cache": forward.new_cache, "store": store, "phases": phases}
     extra |= {
+        "compile_cache": reuse,
         "next_tokens": forward.next_tokens,
         "graphs": forward.graphs,
         "memory": lambda: forward.memory(store),
@@ -653,6 +658,31 @@ def load(
         setattr(hollow, name, value)
     hollow.generation_config = checkpoint.generation
     return hollow
+
+
+def _compiled(hollow: PreTrainedModel, settings: Settings, checkpoint: Checkpoint) -> Compiled:
+    """Both phases captured and taken through the pipeline."""
+    graphs: dict[str, fx.GraphModule] = {}
+    plans: dict[str, Plan] = {}
+    for phase in PHASES:
+        gm = capture_phase(hollow, phase, settings, checkpoint)
+        graphs[phase], (plans[phase],), settings = run_phase(gm, settings, checkpoint, phase)
+    check_one_layout(list(graphs.values()))
+    return Compiled(graphs, plans, settings.chunks, settings.target.host.bandwidth)
+
+
+def _compile_cache(checkpoint: Checkpoint, settings: Settings) -> CompileCache:
+    """The cache with everything that decides what `_compiled` returns."""
+    assert checkpoint.source is not None
+    return CompileCache(
+        checkpoint.source,
+        settings.target,
+        name=checkpoint.name,
+        config=checkpoint.config.to_json_string(use_diff=False),
+        pipeline=settings.pipeline.dump(),
+        settings=f"{settings.dtype} {settings.context} {settings.cache_dtype} {settings.chunks}",
+        kernels=str([(name, kernel.missing()) for name, kernel in available_kernels().items()]),
+    )
 
 
 SMALL_BYTES = 8 << 20

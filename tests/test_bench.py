@@ -208,6 +208,6 @@ def test_on_a_simulated_gpu(ktrans, monkeypatch, tmp_path):
 def test_a_mistake_is_told_before_anything_is_loaded(ktrans, args, words):
     code, out, err = ktrans("bench", *args)
     assert (code, out) == (2, "")
-    assert "capturing" not in err
+    assert "loading" not in err
     for word in words:
         assert word in err.splitlines()[-1]

@@ -187,6 +187,10 @@ class CpuMoe(Kernel):
         scores = torch.zeros(tokens, top_k, pin_memory=pinned)
         return native.Submission(pool, self.isa, weights, x, ids, scores, y, elsewhere=elsewhere)
 
+    def counting(self, packed: Packed) -> native.Pool:
+        pool: native.Pool = packed.shape[1]
+        return pool
+
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
         x, ids, scores = inputs
         by_isa, pool = packed.shape

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ktcompile.kernel import Counts
+
 FAMILY = {
     "scalar": "f32",
     "avx2": "f32",
@@ -145,6 +147,13 @@ class Pool:
         """
         self._check()
         _native().lib.kt_pool_rest(self._handle, resting)
+
+    def counts(self) -> Counts:
+        """What it has done since it was made; any thread may ask at any time, and nobody waits."""
+        if not self._finalizer.alive:
+            raise ValueError("the pool is closed")
+        found = _native().lib.kt_pool_counts(self._handle)
+        return Counts(int(found.runs), int(found.bytes), found.ns / 1e9)
 
     def close(self) -> None:
         """Joins the threads. A second call does nothing; a kernel on a closed pool raises ValueError."""

@@ -140,6 +140,14 @@ size_t kt_pool_threads(const kt_pool *pool);
 size_t kt_pool_nodes(const kt_pool *pool);                   /* NUMA nodes in use */
 size_t kt_pool_node_of(const kt_pool *pool, size_t thread);  /* below kt_pool_nodes; that of thread 0 is 0 */
 
+/* What a pool has done since it was made; may be asked by any thread at any time. */
+typedef struct kt_counts {
+    uint64_t runs;    /* of kt_moe_run, to their end */
+    uint64_t bytes;   /* of packed experts that they read: of each run those that it had tokens for, once */
+    uint64_t ns;      /* in which the threads had work */
+} kt_counts;
+kt_counts kt_pool_counts(const kt_pool *pool);
+
 /* Work for later, by the pool's driver: a thread that stands in for the caller, so that call may use the pool. The
  * caller owns the memory, which stays until kt_pool_wait or kt_pool_unlisten returns; all fields start as zero. */
 typedef struct kt_task {

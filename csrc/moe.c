@@ -309,6 +309,12 @@ static int check_ids(const kt_moe *moe, const int64_t *ids, size_t n_tokens, siz
     return KT_OK;
 }
 
+static size_t expert_bytes(const kt_moe *moe) {
+    size_t inner = kt_groups(moe->width), outer = kt_groups(moe->hidden);
+    return inner * (kt_group_bytes(moe->gate_type, moe->hidden) + kt_group_bytes(moe->up_type, moe->hidden))
+           + outer * kt_group_bytes(moe->down_type, moe->width);
+}
+
 int kt_moe_run(kt_pool *pool, const kt_moe *moe, int isa, size_t n_tokens, size_t top_k, const float *x,
                const int64_t *ids, const float *scores, float *y, void *scratch, size_t scratch_bytes) {
     int status = check(moe, isa);
@@ -328,5 +334,7 @@ int kt_moe_run(kt_pool *pool, const kt_moe *moe, int isa, size_t n_tokens, size_
     for (size_t b = 0; b < blocks_of(moe->hidden, KT_SPAN); b++) atomic_init(&r.done[b], 0);
     r.x_is_prepared = n_tokens <= ALONE_TOKENS;
     for (size_t t = 0; r.x_is_prepared && t < n_tokens; t++) prepare_token(&r, t);
-    return kt_pool_run(pool, work, &r);
+    if ((status = kt_pool_run(pool, work, &r))) return status;
+    kt_pool_count(pool, r.n_active * expert_bytes(moe));
+    return KT_OK;
 }

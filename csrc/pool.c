@@ -71,8 +71,10 @@ void kt_pool_leave(const kt_pool *pool) {
 int kt_pool_run(kt_pool *pool, void (*work)(void *argument, size_t thread), void *argument) {
     if (is_forked(pool)) return KT_FORKED;
     pthread_mutex_lock(&pool->turn);
+    uint64_t start = now_ns();
     if (pool->n_threads == 1) {
         work(argument, 0);
+        atomic_fetch_add_explicit(&pool->ns, now_ns() - start, memory_order_relaxed);
         pthread_mutex_unlock(&pool->turn);
         return KT_OK;
     }
@@ -86,8 +88,22 @@ int kt_pool_run(kt_pool *pool, void (*work)(void *argument, size_t thread), void
     work(argument, 0);
     spin_or_yield(pool, &pool->finished, (jobs + 1) * (unsigned)(pool->n_threads - 1), 1);
     if (!counted) atomic_fetch_sub(&kt_process.awake, 1);
+    atomic_fetch_add_explicit(&pool->ns, now_ns() - start, memory_order_relaxed);
     pthread_mutex_unlock(&pool->turn);
     return KT_OK;
+}
+
+void kt_pool_count(kt_pool *pool, uint64_t bytes) {
+    atomic_fetch_add_explicit(&pool->bytes, bytes, memory_order_relaxed);
+    atomic_fetch_add_explicit(&pool->runs, 1, memory_order_relaxed);
+}
+
+kt_counts kt_pool_counts(const kt_pool *pool) {
+    return (kt_counts){
+        .runs = atomic_load_explicit(&pool->runs, memory_order_relaxed),
+        .bytes = atomic_load_explicit(&pool->bytes, memory_order_relaxed),
+        .ns = atomic_load_explicit(&pool->ns, memory_order_relaxed),
+    };
 }
 
 /* ---- making and freeing ---------------------------------------------------------------------------------------- */

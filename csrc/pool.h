@@ -8,4 +8,6 @@
 int kt_pool_run(kt_pool *pool, void (*work)(void *argument, size_t thread), void *argument);
 /* Inside work: waits for all threads of the pool. What they wrote before it is seen by all after it. */
 void kt_pool_barrier(kt_pool *pool);
+/* One more run that read so many bytes of experts. */
+void kt_pool_count(kt_pool *pool, uint64_t bytes);
 #endif

@@ -78,6 +78,7 @@ struct kt_pool {
     atomic_int resting;             /* the driver may sleep although it has doorbells */
     atomic_uint spin_ns;            /* how long a worker spins for the next job */
     _Alignas(LINE) event completed; /* tasks */
+    _Alignas(LINE) atomic_uint_fast64_t runs, bytes, ns;   /* kt_counts; written by who has the turn, or after it */
 };
 
 /* In place.c: the CPUs of the calling thread's mask; a CPU and its node for each thread, from the files under root

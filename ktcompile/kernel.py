@@ -89,6 +89,21 @@ class Prepared(Protocol):
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What threads that compute experts have done: calls, bytes of experts read, seconds at work."""
+
+    runs: int
+    nbytes: int
+    seconds: float
+
+
+class Counting(Protocol):
+    """Threads that count what they do, whoever asks."""
+
+    def counts(self) -> Counts: ...
+
+
+@dataclass(frozen=True)
 class StepFacts:
     """What the host knows of a step before it runs; a kernel alone would have to wait for the device to learn it."""
 
@@ -162,6 +177,10 @@ class Kernel(ABC):
 
     def ready(self, packed: Packed) -> None:
         """Called once a region at load, when its weights are there, whichever kernel packed them."""
+        return None
+
+    def counting(self, packed: Packed) -> Counting | None:
+        """Who computes with these weights and counts it: one and the same for all regions that share it."""
         return None
 
     def missing(self) -> str | None:

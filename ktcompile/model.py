@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from ktcompile.cache import PagedCache, row_layout, windows
 from ktcompile.capture import annotate_weights, attention_of, capture, computed, empty_model
 from ktcompile.checkpoint import Checkpoint, open_checkpoint
 from ktcompile.compile_cache import CompileCache, Compiled
+from ktcompile.counters import StreamClock, Work, work
 from ktcompile.errors import CapacityError, KtransError, RulesError
 from ktcompile.graph import regions, short, value_of
 from ktcompile.kernel import Kernel, StepFacts
@@ -338,8 +340,12 @@ class _Forward:
         self._streamed: dict[Executable, StreamedStep] = {}
         self._unstreamable: dict[Executable, str] = {}  # why; a decode step's warning says it too
         self._caches: WeakSet[PagedCache] = WeakSet()
-        used = dict.fromkeys(m.kernel for p in phases.values() for m in p.gm.modules() if isinstance(m, Step))
+        steps = [m for p in phases.values() for m in p.gm.modules() if isinstance(m, Step)]
+        used = dict.fromkeys(m.kernel for m in steps)
         self._told = [kernel for kernel in used if type(kernel).begin is not Kernel.begin]
+        self._counting = [c for m in steps if (c := m.kernel.counting(m.packed)) is not None]
+        main = settings.target.main.torch
+        self._clock = StreamClock(main) if main.type == "cuda" else None
 
     def new_cache(self, requests: int = 1, context: int | None = None) -> PagedCache:
         """An empty ragged cache for `requests` requests of up to `context` tokens each, by default as many as planned.
@@ -387,6 +393,10 @@ class _Forward:
         devices = self.settings.target.devices
         return {d.name: Held(store.nbytes.get(d.name, 0), pools[d.name], peak_bytes(d.torch)) for d in devices}
 
+    def work(self) -> Work:
+        """What was computed so far; other models of this process share the CPU's threads, and count."""
+        return work(self._counting, self._clock)
+
     def step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
         """Logits `[len(keep), vocabulary]` of rows `keep` of a ragged step: ids and positions `[T]`, counts `[R]`.
 
@@ -422,7 +432,7 @@ class _Forward:
                 f"a step of {ids.numel()} tokens for {len(counts)} requests, "
                 f"the longest of {max(cache.lengths)} tokens of {cache.context}"
             )
-            with out_of_memory(asked, lambda: self._free(cache)):
+            with out_of_memory(asked, lambda: self._free(cache)), self._clock.step() if self._clock else nullcontext():
                 return self._step(ids, positions, counts, keep, cache, choices)
         finally:
             for kernel in self._told:
@@ -604,7 +614,7 @@ def load(
     (`24G`); torch's allocator keeps to it in the whole process. `packed_cache`: a folder that keeps packed experts
     for the next start; `user` is the user's cache folder, `model` one beside the model. `compile_cache`: keep the
     compiled graphs in the user's cache folder, and take them from there. Besides the usual methods the model
-    has `plans` (by phase), `step`, `next_tokens`, `new_cache`, `memory`, `chunk` and `context`.
+    has `plans` (by phase), `step`, `next_tokens`, `new_cache`, `memory`, `work`, `chunk` and `context`.
     `cache_dtype`: `fp8` keeps latents in 8 bits (lossy). `chunk`: prompt tokens a step; default: what fits best.
     Raises ModelFileError, RulesError, CapacityError.
     """
@@ -651,6 +661,7 @@ def load(
         "next_tokens": forward.next_tokens,
         "graphs": forward.graphs,
         "memory": lambda: forward.memory(store),
+        "work": forward.work,
         "chunk": settings.chunks[0],
         "context": settings.context,
     }

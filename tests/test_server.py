@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from ktcompile.cli import app as cli
 from ktcompile.generate import Sampling, encode_chat
 from ktcompile.request import Finished, Handle, Request, Usage
+from ktcompile.runtime import Step
 from ktcompile.server import State, create_app, listen
 
 # ------------------------------------------------------------------------------------------------ OpenAI's client
@@ -150,6 +151,27 @@ def test_what_it_says_about_itself(served: Served) -> None:
     assert 'ktrans:request_success_total{finished_reason="stop"}' in metrics
     stats = served.http.get("/stats").json()
     assert stats["pages"] == 64 and stats["generation_tokens"] > 0
+
+
+def counts(served: Served) -> dict[str, float]:
+    """Everything in /metrics that has no labels."""
+    lines = (line.split(" ") for line in served.http.get("/metrics").text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, value in lines if "{" not in name}
+
+
+def test_work_is_counted(served: Served) -> None:
+    before = counts(served)
+    assert served.post("/v1/chat/completions", {"messages": STORY, "max_tokens": 20}).status_code == 200
+    assert served.idle()
+    after, stats = counts(served), served.http.get("/stats").json()
+    experts, busy = (after[n] - before[n] for n in ("ktrans:expert_bytes_read_total", "ktrans:cpu_moe_seconds_total"))
+    steps = [m for m in served.state.engine.model.phases["decode"].gm.modules() if isinstance(m, Step)]
+    packed = sum(m.packed.nbytes for m in steps if m.call.op == "moe")
+    decoded = 19 * packed * 8 // 32  # the first token of 20 is the prompt's; 8 of 32 experts a token
+    assert decoded < experts <= decoded + packed  # and of the prompt's experts each once
+    assert 0 < busy < after["ktrans:model_seconds_total"] - before["ktrans:model_seconds_total"]
+    assert "ktrans:gpu_seconds_total" not in after and stats["gpu_seconds"] is None  # there is no GPU
+    assert stats["expert_bytes_read"] == after["ktrans:expert_bytes_read_total"]
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,8 @@ def _pages(app: FastAPI, state: State) -> None:
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
-        now = state.ready().statistics
+        engine = state.ready()
+        now, work = engine.statistics, engine.model.work()
         at = time.monotonic()
         seen.append((at, now.said))
         then, said = next(((t, s) for t, s in seen if at - t <= 5), seen[-1])
@@ -127,7 +128,11 @@ def _pages(app: FastAPI, state: State) -> None:
             "generation_tokens": now.said,
             "steps": now.steps,
             "tokens_per_second": (now.said - said) / (at - then) if at > then else 0.0,
+            "at": at,  # of the counts below, in seconds
             "seconds": {"in steps": now.step_s, "of these the model": now.model_s},
+            "cpu_moe_seconds": work.cpu_moe_s,
+            "gpu_seconds": work.gpu_s,
+            "expert_bytes_read": work.expert_bytes,
         }
 
 

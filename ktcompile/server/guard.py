@@ -26,8 +26,8 @@ REST_SECONDS, REST_BYTES = 1.0, 64 << 20
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-OPEN_PATHS = ("/health", "/v1/health")
-"""Answered without a key, so that whoever watches the server needs none."""
+OPEN_PATHS = ("/", "/health", "/v1/health")
+"""Answered without a key: the page, which knows nothing and asks for it, and health, for whoever watches the server."""
 
 
 class Guard:

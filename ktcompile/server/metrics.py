@@ -39,7 +39,7 @@ class Metrics:
         """The engine's own counts; nothing while the model loads."""
         if self.state.engine is None:
             return
-        now = self.state.engine.statistics
+        now, work = self.state.engine.statistics, self.state.engine.model.work()
         for name, what, value in (
             ("num_requests_running", "Requests that are answered.", now.running),
             ("num_requests_waiting", "Requests that wait.", now.waiting),
@@ -53,7 +53,12 @@ class Metrics:
             ("num_preemptions", "Requests that had to be read again.", now.preempted),
             ("step_seconds", "Seconds of the engine's steps.", now.step_s),
             ("model_seconds", "Of these, seconds of the model.", now.model_s),
+            ("cpu_moe_seconds", "Seconds in which the CPU computed routed experts.", work.cpu_moe_s),
+            ("gpu_seconds", "Seconds of steps on the GPU, waiting for the CPU's experts included.", work.gpu_s),
+            ("expert_bytes_read", "Bytes of packed experts that the CPU read.", work.expert_bytes),
         ):
+            if count is None:  # there is no GPU
+                continue
             yield CounterMetricFamily(f"ktrans:{name}", what, count)
         ended = CounterMetricFamily("ktrans:request_success", "Requests by how they ended.", labels=["finished_reason"])
         for reason, count in now.finished:

@@ -248,6 +248,22 @@ def test_the_machine_tab_is_alive(page: Page) -> None:
     answered(page)
 
 
+def test_while_the_model_loads(browser: Browser) -> None:
+    """Both tabs say how far it is, and come to life by themselves."""
+    served = Served()
+    context = browser.new_context(extra_http_headers={"authorization": f"Bearer {KEY}"})
+    page = context.new_page()
+    page.goto(served.base)
+    expect(page.locator("#model")).to_contain_text("loading: reading the model")
+    page.get_by_role("tab", name="Machine").click()
+    expect(page.locator("#page")).to_have_text("loading: reading the model, 0 of 1")
+    served.go.set()
+    assert served.loaded.wait(120)
+    expect(page.locator("#model")).to_have_text("tiny")
+    expect(page.locator("#page")).to_contain_text("L1.experts")
+    context.close()
+
+
 def test_keys(page: Page) -> None:
     box = page.get_by_label("Message")
     box.fill("one")

@@ -129,7 +129,7 @@ def _pages(app: FastAPI, state: State) -> None:
             "steps": now.steps,
             "tokens_per_second": (now.said - said) / (at - then) if at > then else 0.0,
             "at": at,  # of the counts below, in seconds
-            "seconds": {"in steps": now.step_s, "of these the model": now.model_s},
+            "seconds": {"in steps": now.step_s, "in the model": now.model_s},
             "cpu_moe_seconds": work.cpu_moe_s,
             "gpu_seconds": work.gpu_s,
             "expert_bytes_read": work.expert_bytes,

@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test clients lint bench fuzz gpu-test gpu-bench clean
+.PHONY: help setup demo test clients lint bench container fuzz gpu-test gpu-bench clean
 help:       ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 setup: $(READY)  ## .venv with everything, C kernels built
@@ -18,6 +18,8 @@ lint: setup      ## ruff, and mypy --strict on ktcompile and passes
 	@$(BIN)/ruff check . && $(BIN)/mypy --strict
 bench: setup     ## the CPU kernels on this machine, JSON lines
 	@$(BIN)/python benchmarks/bench_moe.py
+container: setup ## the Dockerfile's steps without a container engine, then its server is asked (root)
+	@$(BIN)/python .ci/container
 fuzz: setup      ## fuzz GGUF headers and rules files, FUZZ_SECONDS=600 in all (needs atheris)
 	@PYTHON=$(BIN)/python bash fuzz/run.sh
 gpu-test:        ## build, test and check on a machine with a GPU and no network; JSON in out/

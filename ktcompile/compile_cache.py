@@ -32,7 +32,7 @@ FILES = 32
 """So many models, settings and versions of the code are kept: the oldest file goes first."""
 
 FASTER = 3.0
-"""A plan made for a RAM that was slower by this is made again: measured on a busy machine, it halves now and then."""
+"""A plan for a GPU and a RAM that seemed slower by this is made again: RAM was measured on a busy machine."""
 
 _OF_TRACING = ("example_value", "nn_module_stack", "source_fn_stack", "stack", "stack_trace", "tensor_dict")
 """What dynamo and `fold` know of a node, and nothing after the pipeline asks for."""
@@ -66,7 +66,8 @@ class CompileCache:
     """
 
     def __init__(self, source: WeightSource, target: Target, **facts: str) -> None:
-        self.source, self.bandwidth = source, target.host.bandwidth
+        self.source = source
+        self.bandwidth = target.host.bandwidth if target.main.kind == "cuda" else 0.0  # else it decides nothing
         self.notes: list[str] = []
         try:
             self._files: PackedCache | None = PackedCache(cache_folder() / "compiled", source)

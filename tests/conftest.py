@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,10 +44,14 @@ NEEDS = {
     "test_server_anthropic.py": ("anthropic",),
     "test_server_llm.py": ("llm",),
     "test_server_ollama.py": ("ollama",),
+    "test_server_page.py": ("playwright", "chromium"),
 }
-LACKING = {files: ", ".join(n for n in names if find_spec(n) is None) for files, names in NEEDS.items()}
+LACKING = {
+    files: ", ".join(n for n in names if find_spec(n) is None and shutil.which(n) is None)
+    for files, names in NEEDS.items()
+}
 collect_ignore_glob = [files for files, names in LACKING.items() if names]
-"""A machine without network may lack what the server and its clients are made of; the last lines of the run say so."""
+"""A machine may lack the packages and programs that a server's clients are made of; the last lines of the run say so."""
 
 Golden = Callable[[str, str], None]
 
@@ -56,8 +61,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def ktrans(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs `ktrans ARGS` in this process; returns (exit code, stdout, stderr)."""
+def ktrans(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `ktrans ARGS` in this process, with caches of its own; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def run(*args: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["ktrans", *map(str, args)])
@@ -69,6 +77,14 @@ def ktrans(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         return int(end.value.code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Where it is; without it no test that asks is collected."""
+    found = shutil.which("chromium")
+    assert found is not None
+    return found
 
 
 @pytest.fixture

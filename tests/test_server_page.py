@@ -2,20 +2,11 @@
 
 import re
 from collections.abc import Iterator
-from shutil import which
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from test_server import KEY, Served
-
-try:
-    from playwright.sync_api import Browser, Page, expect, sync_playwright
-except ImportError as error:
-    pytest.skip(f"no browser driver: {error}; pip install playwright", allow_module_level=True)
-
-CHROMIUM = which("chromium") or which("chromium-browser") or which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("no chromium on the path; apt install chromium", allow_module_level=True)
 
 STORY = "Tell me a story about a dog named Max."
 ANSWER_MS = 60_000
@@ -31,9 +22,9 @@ def served() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser(chromium: str) -> Iterator[Browser]:
     with sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # tests may run as root
+        found = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])  # tests may run as root
         yield found
         found.close()
 

@@ -150,10 +150,9 @@ def _told(target: Target) -> list[Any]:
 def _code() -> str:
     """A hash that changes with the code: of ktcompile (every file's size and time), of plugins, of libraries."""
     said: list[Any] = [platform.python_version(), *(f"{n} {version(n)}" for n in ("torch", "transformers", "sympy"))]
-    for root in ktcompile.__path__:
-        for folder, _, names in sorted(os.walk(root, followlinks=True)):
-            status = [(name, Path(folder, name).stat()) for name in sorted(names) if name.endswith((".py", ".yaml"))]
-            said += [(folder, name, s.st_size, s.st_mtime_ns) for name, s in status]
+    for folder, _, names in sorted(os.walk(Path(str(ktcompile.__file__)).parent, followlinks=True)):
+        status = [(name, Path(folder, name).stat()) for name in sorted(names) if name.endswith((".py", ".yaml"))]
+        said += [(folder, name, s.st_size, s.st_mtime_ns) for name, s in status]
     for group in ("ktcompile.passes", "ktcompile.kernels"):
         for point in sorted(entry_points(group=group), key=lambda e: (e.name, e.value)):
             said.append((point.name, point.value, point.dist.version if point.dist else ""))

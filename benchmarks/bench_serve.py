@@ -100,7 +100,6 @@ async def ask(client: httpx.AsyncClient, number: int, due: float) -> Asked:
 
 async def together(base: str, users: int, seconds: float, numbers: Iterator[int]) -> tuple[list[Asked], float]:
     """Each user asks again and again until time is over; the requests, and how long it took."""
-    start = time.perf_counter()
     done: list[Asked] = []
 
     async def user(client: httpx.AsyncClient) -> None:
@@ -108,6 +107,7 @@ async def together(base: str, users: int, seconds: float, numbers: Iterator[int]
             done.append(await ask(client, next(numbers), time.perf_counter()))
 
     async with httpx.AsyncClient(base_url=base, timeout=600) as client:
+        start = time.perf_counter()
         await asyncio.gather(*(user(client) for _ in range(users)))
     return done, time.perf_counter() - start
 
@@ -118,7 +118,6 @@ async def arrivals(base: str, rate: float, seconds: float, numbers: Iterator[int
     due, at = [], 0.0
     while (at := at + chosen.expovariate(rate)) < seconds:
         due.append(at)
-    start = time.perf_counter()
 
     async def one(client: httpx.AsyncClient, at: float, number: int) -> Asked:
         await asyncio.sleep(start + at - time.perf_counter())
@@ -126,6 +125,7 @@ async def arrivals(base: str, rate: float, seconds: float, numbers: Iterator[int
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with httpx.AsyncClient(base_url=base, timeout=600, limits=limits) as client:
+        start = time.perf_counter()
         done = await asyncio.gather(*(one(client, at, next(numbers)) for at in due))
     return list(done), time.perf_counter() - start
 

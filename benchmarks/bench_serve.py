@@ -3,8 +3,9 @@
     python benchmarks/bench_serve.py --json serve.jsonl --plot serve.png
     python benchmarks/bench_serve.py --users 1,4,8,16 --seconds 60 -- MODEL --cache-lens 65536
 
-Starts `ktrans serve` with what follows `--`, then once more with `--max-batch-size 1`, which answers one request after
-the other, and asks both the same: prompts of mixed lengths that nobody else has, answers of mixed lengths. Two loads:
+Starts `ktrans serve` with what follows `--`, and once more with `--max-batch-size 1`, which answers one request after
+the other, and asks both the same, in turn: prompts of mixed lengths that nobody else has, answers of mixed lengths. Two
+loads:
 
     together   N users, each asking again as soon as it is answered: what N users get, N requests at a time
     arrivals   requests at random times (Poisson), on average `load` x N requests' worth: `rate` requests/s, which is
@@ -25,30 +26,47 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
-PROMPTS = (16, 32, 64, 128, 256)
-"""Words of a prompt, each as likely."""
+SERVERS = ("together", "one at a time")
 
-ANSWERS = (32, 64, 96)
-"""Most tokens of an answer, which is greedy: the same from every server."""
+PROMPTS = (0, 16, 32, 64, 192)
+"""Words before the question, each number as likely."""
+
+ANSWERS = (64, 96, 128)
+"""Most tokens of an answer, which is greedy: the same from every server. Few end before."""
 
 WORDS = ("the", "dog", "ran", "to", "a", "tree", "and", "saw", "Tim", "he", "was", "sad", "but", "happy", "with", "red")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One request as it went: seconds from when it was due to the `first` token, and all `gaps` between tokens."""
+    """One request as it went: when it was due, the times of its pieces of text, and how many tokens they were."""
 
-    first: float
-    gaps: tuple[float, ...]
+    due: float
+    times: tuple[float, ...]
     tokens: int
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.times[0] - self.due
+
+    @property
+    def gaps(self) -> tuple[float, ...]:
+        """Seconds between tokens."""
+        return tuple(b - a for a, b in pairwise(self.times))
+
+    def until(self, end: float) -> float:
+        """Its tokens by then."""
+        return self.tokens * sum(t <= end for t in self.times) / len(self.times)
 
 
 @dataclass(frozen=True)
@@ -77,57 +95,68 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 def body(number: int) -> dict[str, Any]:
     """Request `number`: always the same, and no other begins like it."""
     chosen = random.Random(number)
-    words = [str(number), *chosen.choices(WORDS, k=chosen.choice(PROMPTS))]
-    asked = {"prompt": " ".join(words), "max_tokens": chosen.choice(ANSWERS), "temperature": 0}
-    return asked | {"stream": True, "stream_options": {"include_usage": True}}
+    words = [str(number), *chosen.choices(WORDS, k=chosen.choice(PROMPTS)), "Tell me a story about a dog named Max."]
+    asked = {"messages": [{"role": "user", "content": " ".join(words)}], "max_tokens": chosen.choice(ANSWERS)}
+    return asked | {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
 
 
-async def ask(client: httpx.AsyncClient, number: int, due: float) -> Asked:
-    """Stream one answer. `due`: when it should have been asked, by `time.perf_counter`."""
+async def ask(base: str, number: int, due: float, key: str = "") -> Asked:
+    """Stream one answer. `due`: when it should have been asked, by `time.perf_counter`.
+
+    By hand, over a connection of its own: an HTTP client takes as long for an event as the server, on the same cores.
+    """
+    at = urlsplit(base)
+    reader, writer = await asyncio.open_connection(at.hostname, at.port)
+    sent = json.dumps(body(number)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {at.netloc}\r\nAuthorization: Bearer {key}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(sent)}\r\nConnection: close\r\n\r\n"
+    writer.write(head.encode() + sent)
+    status = (await reader.readline()).decode().strip()
     times: list[float] = []
     tokens = 0
-    async with client.stream("POST", "/v1/completions", json=body(number)) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line[6:])
-            if event["choices"] and event["choices"][0]["text"]:
-                times.append(time.perf_counter())
-            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-    return Asked(times[0] - due if times else 0.0, tuple(b - a for a, b in pairwise(times)), tokens)
+    async for line in reader:
+        if b'"finish_reason": null' in line and b'"role"' not in line:
+            times.append(time.perf_counter())
+        elif b'"usage"' in line:
+            tokens = json.loads(line[6:])["usage"]["completion_tokens"]
+    writer.close()
+    if " 200 " not in status or not times:
+        raise SystemExit(f"request {number}: {status}, {len(times)} pieces of text")
+    return Asked(due, tuple(times), tokens)
 
 
-async def together(base: str, users: int, seconds: float, numbers: Iterator[int]) -> tuple[list[Asked], float]:
-    """Each user asks again and again until time is over; the requests, and how long it took."""
+async def together(
+    base: str, users: int, seconds: float, numbers: Iterator[int], key: str = ""
+) -> tuple[list[Asked], float, float]:
+    """Each user asks again and again until time is over; the requests, and between which times N users asked."""
     done: list[Asked] = []
+    start = time.perf_counter()
 
-    async def user(client: httpx.AsyncClient) -> None:
+    async def user() -> None:
         while time.perf_counter() - start < seconds:
-            done.append(await ask(client, next(numbers), time.perf_counter()))
+            done.append(await ask(base, next(numbers), time.perf_counter(), key))
 
-    async with httpx.AsyncClient(base_url=base, timeout=600) as client:
-        start = time.perf_counter()
-        await asyncio.gather(*(user(client) for _ in range(users)))
-    return done, time.perf_counter() - start
+    await asyncio.gather(*(user() for _ in range(users)))
+    return done, start, start + seconds
 
 
-async def arrivals(base: str, rate: float, seconds: float, numbers: Iterator[int]) -> tuple[list[Asked], float]:
-    """Requests at the times of a Poisson process of `rate` a second, the same ones for every server."""
+async def arrivals(
+    base: str, rate: float, seconds: float, numbers: Iterator[int], key: str = ""
+) -> tuple[list[Asked], float, float]:
+    """Requests at the times of a Poisson process of `rate` a second, the same ones for every server, to their end."""
     chosen = random.Random(round(1e6 * rate))
     due, at = [], 0.0
     while (at := at + chosen.expovariate(rate)) < seconds:
         due.append(at)
 
-    async def one(client: httpx.AsyncClient, at: float, number: int) -> Asked:
-        await asyncio.sleep(start + at - time.perf_counter())
-        return await ask(client, number, start + at)
+    start = time.perf_counter()
 
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(base_url=base, timeout=600, limits=limits) as client:
-        start = time.perf_counter()
-        done = await asyncio.gather(*(one(client, at, next(numbers)) for at in due))
-    return list(done), time.perf_counter() - start
+    async def one(at: float, number: int) -> Asked:
+        await asyncio.sleep(start + at - time.perf_counter())
+        return await ask(base, number, start + at, key)
+
+    done = await asyncio.gather(*(one(at, next(numbers)) for at in due))
+    return list(done), start, time.perf_counter()
 
 
 @contextmanager
@@ -154,39 +183,34 @@ def server(arguments: Sequence[str]) -> Iterator[str]:
         process.wait()
 
 
-def row(name: str, load: str, users: int, rate: float, done: list[Asked], took: float) -> Load:
-    tokens = sum(a.tokens for a in done)
+def row(name: str, load: str, users: int, rate: float, done: list[Asked], start: float, end: float) -> Load:
+    """What is told of these requests; tokens a second between `start` and `end`."""
+    tokens = sum(a.until(end) for a in done)
     gaps = [gap for a in done for gap in a.gaps]
-    return Load(
-        name,
-        load,
-        users,
-        rate,
-        len(done),
-        took,
-        tokens / took,
-        percentiles([a.first for a in done if a.tokens]),
-        percentiles(gaps),
-    )
+    first = percentiles([a.first for a in done])
+    return Load(name, load, users, rate, len(done), end - start, tokens / (end - start), first, percentiles(gaps))
 
 
 def measure(args: argparse.Namespace) -> Iterator[Load]:
-    """Every load on both servers; one that does not count first."""
-    rates: dict[int, float] = {}
-    for name, more in (
-        ("together", ["--max-batch-size", str(max(args.users))]),
-        ("one at a time", ["--max-batch-size", "1"]),
-    ):
-        numbers = iter(range(10**9))
-        with server([*args.serve, *more]) as base:
-            asyncio.run(together(base, max(args.users), 2.0, numbers))
-            for users in args.users:
-                found = row(name, "together", users, 0.0, *asyncio.run(together(base, users, args.seconds, numbers)))
-                rates.setdefault(users, found.requests / found.seconds)
+    """Every load on both servers in turn, which so see the same hour; one that does not count first."""
+    most = max(args.users)
+    numbers = {name: count() for name in SERVERS}
+    with ExitStack() as stack:
+        bases = {}
+        for name, batch in zip(SERVERS, (most, 1), strict=True):
+            bases[name] = stack.enter_context(server([*args.serve, "--max-batch-size", str(batch)]))
+            asyncio.run(together(bases[name], most, 2.0, numbers[name]))
+        for users in args.users:
+            rate = 0.0
+            for name, base in bases.items():
+                found = row(
+                    name, "together", users, 0.0, *asyncio.run(together(base, users, args.seconds, numbers[name]))
+                )
+                rate = rate or args.load * found.requests / found.seconds
                 yield found
-            for users in args.users:
-                rate = args.load * rates[users]
-                yield row(name, "arrivals", users, rate, *asyncio.run(arrivals(base, rate, args.seconds, numbers)))
+            for name, base in bases.items():
+                seen = asyncio.run(arrivals(base, rate, args.seconds, numbers[name]))
+                yield row(name, "arrivals", users, rate, *seen)
 
 
 def table(rows: Sequence[Load]) -> str:
@@ -210,10 +234,10 @@ def plot(rows: Sequence[Load], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    for name, colour, marker in (("together", "#0b6fa4", "o"), ("one at a time", "#c8472b", "s")):
+    for name, colour, marker in zip(SERVERS, ("#0b6fa4", "#c8472b"), "os", strict=True):
         closed = [r for r in rows if (r.server, r.load) == (name, "together")]
         left.plot([r.users for r in closed], [r.tok_s for r in closed], color=colour, marker=marker, label=name)
-        opened = [r for r in rows if (r.server, r.load) == (name, "arrivals")]
+        opened = sorted((r for r in rows if (r.server, r.load) == (name, "arrivals")), key=lambda r: r.rate)
         for i, (style, what) in enumerate((("-", "p50"), ("--", "p95"))):
             times = [r.first_ms[i] / 1e3 for r in opened]
             right.plot([r.rate for r in opened], times, style, color=colour, marker=marker, label=f"{name}, {what}")

@@ -17,9 +17,11 @@ from bench_serve import Asked, Load, arrivals, body, percentiles, plot, row, tab
 def test_prompts_repeat_and_share_no_beginning() -> None:
     bodies = [body(i) for i in range(100)]
     assert bodies == [body(i) for i in range(100)]
-    assert len({b["prompt"].split()[0] for b in bodies}) == 100
-    lengths = [len(b["prompt"].split()) - 1 for b in bodies]
-    assert set(lengths) == set(bench_serve.PROMPTS) and {b["max_tokens"] for b in bodies} == set(bench_serve.ANSWERS)
+    prompts = [b["messages"][0]["content"].split() for b in bodies]
+    assert len({words[0] for words in prompts}) == 100
+    assert {len(words) - 10 for words in prompts} == set(bench_serve.PROMPTS) and {
+        b["max_tokens"] for b in bodies
+    } == set(bench_serve.ANSWERS)
 
 
 def test_percentiles() -> None:
@@ -27,26 +29,31 @@ def test_percentiles() -> None:
     assert percentiles([0.25]) == (250, 250, 250) and percentiles([]) == (0, 0, 0)
 
 
+def asked(first: float, gap: float) -> Asked:
+    """A request due at 5 whose ten pieces are twenty tokens."""
+    return Asked(5.0, tuple(5.0 + first + i * gap for i in range(10)), 20)
+
+
 ROWS = [
-    row(server, load, users, rate, [Asked(0.1 * k * users, (0.01 * k,) * 9, 10) for _ in range(users)], 2.0 * k)
-    for k, server in enumerate(("together", "one at a time"), 1)
+    row(server, load, users, rate, [asked(0.1 * k * users, 0.01 * k)] * users, 5.0, 5.0 + 2 * k)
+    for k, server in enumerate(bench_serve.SERVERS, 1)
     for load, rate in (("together", 0.0), ("arrivals", 1.5))
     for users in (1, 8)
 ]
 
 
 def test_a_row_is_what_was_seen() -> None:
-    assert ROWS[1] == Load(
-        "together", "together", 8, 0.0, 8, 2.0, 40.0, pytest.approx((800, 800, 800)), pytest.approx((10, 10, 10))
-    )
-    assert row("a", "arrivals", 1, 1.0, [Asked(0.0, (), 0)], 1.0).first_ms == (0, 0, 0)  # no token was no time
+    times = pytest.approx((800, 800, 800)), pytest.approx((10, 10, 10))
+    assert ROWS[1] == Load("together", "together", 8, 0.0, 8, 2.0, 80.0, *times)
+    cut = row("a", "together", 1, 0.0, [asked(0.5, 0.1)], 5.0, 5.86)  # four of the ten pieces came in time
+    assert cut.tok_s == pytest.approx(8 / 0.86)
 
 
 def test_table_and_plot(tmp_path: Path) -> None:
     lines = table(ROWS).splitlines()
     assert len(lines) == 2 + len(ROWS)
-    assert lines[3] == "| together | 8 users | 8 | 40 | 800, 800, 800 | 10.0, 10.0, 10.0 |"
-    assert lines[4].startswith("| together | 1.50 requests/s | 1 | 5 |")
+    assert lines[3] == "| together | 8 users | 8 | 80 | 800, 800, 800 | 10.0, 10.0, 10.0 |"
+    assert lines[4].startswith("| together | 1.50 requests/s | 1 | 10 |")
     plot(ROWS, tmp_path / "plot.png")
     assert image.imread(tmp_path / "plot.png").shape[:2] == (396, 990)
 
@@ -55,19 +62,14 @@ def test_both_loads_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
     served = Served()
     served.go.set()
     assert served.loaded.wait(120)
-    asked = bench_serve.httpx.AsyncClient
-
-    def with_key(**given: object) -> object:
-        return asked(headers={"authorization": f"Bearer {KEY}"}, **given)
-
-    monkeypatch.setattr(bench_serve.httpx, "AsyncClient", with_key)
     monkeypatch.setattr(bench_serve, "PROMPTS", (16,))
     numbers = count()
-    done, took = asyncio.run(together(served.base, 3, 0.1, numbers))
-    assert len(done) >= 3 and all(0 < a.first < took and 0 < a.tokens <= 96 and len(a.gaps) < a.tokens for a in done)
+    done, start, end = asyncio.run(together(served.base, 3, 0.1, numbers, KEY))
+    assert len(done) >= 3 and all(a.first > 0 and 0 < a.tokens <= 128 and len(a.gaps) < a.tokens for a in done)
+    assert end - start == pytest.approx(0.1)
     said = served.state.engine.statistics.said
     assert said >= sum(a.tokens for a in done) > 0
-    again = [asyncio.run(arrivals(served.base, 10.0, 0.5, numbers))[0] for _ in range(2)]
+    again = [asyncio.run(arrivals(served.base, 10.0, 0.5, numbers, KEY))[0] for _ in range(2)]
     assert len(again[0]) == len(again[1]) > 0  # the same times for every server
     assert all(a.first > 0 for done in again for a in done)
     assert served.idle()

@@ -51,7 +51,7 @@ LACKING = {
     for files, names in NEEDS.items()
 }
 collect_ignore_glob = [files for files, names in LACKING.items() if names]
-"""A machine may lack the packages and programs that a server's clients are made of; the last lines of the run say so."""
+"""A machine may lack packages and programs that the server's clients are made of; the last lines of the run say so."""
 
 Golden = Callable[[str, str], None]
 

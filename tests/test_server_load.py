@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib import image
-from test_server import KEY, Served
+from served import KEY, Served
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import bench_serve
@@ -58,10 +58,7 @@ def test_table_and_plot(tmp_path: Path) -> None:
     assert image.imread(tmp_path / "plot.png").shape[:2] == (396, 990)
 
 
-def test_both_loads_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
-    served = Served()
-    served.go.set()
-    assert served.loaded.wait(120)
+def test_both_loads_over_http(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_serve, "PROMPTS", (16,))
     numbers = count()
     done, start, end = asyncio.run(together(served.base, 3, 0.1, numbers, KEY))

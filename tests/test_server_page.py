@@ -6,19 +6,10 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from test_server import KEY, Served
+from served import KEY, Served
 
 STORY = "Tell me a story about a dog named Max."
 ANSWER_MS = 60_000
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    found = Served()
-    found.go.set()
-    assert found.loaded.wait(120)
-    yield found
-    assert found.idle()
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +138,11 @@ def test_settings_reach_the_model(page: Page) -> None:
 def test_what_is_refused_is_told(browser: Browser, served: Served) -> None:
     watched = Watched(browser, served)
     page = watched.page
-    change(page, system="word " * 5000)
-    say(page, STORY)
-    expect(page.locator(".turn .error")).to_contain_text("the context holds 1024")
+    say(page, "word " * 5000)
+    expect(page.locator(".turn .error")).to_contain_text("the context holds 1024", timeout=ANSWER_MS)
     assert len(watched.told) == 1 and "400" in watched.told.pop()  # the browser's own line
-    change(page, system="")
-    page.get_by_role("button", name="Regenerate").click()
+    page.get_by_role("button", name="New").click()
+    say(page, STORY)
     assert "Max" in answered(page)
     watched.close()
 

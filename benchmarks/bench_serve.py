@@ -176,7 +176,7 @@ def server(arguments: Sequence[str]) -> Iterator[str]:
                     break
             except httpx.TransportError:
                 pass
-            time.sleep(0.1)
+            time.sleep(0.02)
         yield base
     finally:
         process.terminate()

@@ -24,7 +24,7 @@ class Pace:
         self.tokens = self.least
         self._answers: deque[float] = deque(maxlen=9)  # seconds of steps without prompts; their median forgives one
         self._alone: deque[float] = deque(maxlen=8)  # tokens a second of prompts, nobody being answered
-        self._beside: deque[float] = deque(maxlen=3)  # the same beside answers
+        self._beside: deque[float] = deque(maxlen=3)  # seconds of steps with both; the shortest forgives two
 
     def took(self, seconds: float, prompt: int, answers: int) -> None:
         """A step of so many prompt tokens and so many answers took this long."""
@@ -36,13 +36,16 @@ class Pace:
             self._adjust(seconds, prompt)
 
     def _adjust(self, seconds: float, prompt: int) -> None:
-        """What is left of the time, over what the prompt took of it: where the first tokens are dear, step by step."""
+        """What is left of the time, over what the prompt took of it: where the first tokens are dear, step by step.
+
+        Not fewer than make PART of the speed alone if a step takes this long with fewer, too: nobody knows what it is
+        of a step that fewer tokens would spare.
+        """
         answers = median(self._answers)
         factor = min(2.0, (SLOWER - 1) * answers / max(seconds - answers, 1e-9))
-        self._beside.append(prompt / seconds)
-        if max(self._beside) < PART * max(self._alone, default=0.0):  # the fastest: few tokens at once are slow
-            factor = 2.0
-        wanted = int(prompt * factor)
+        self._beside.append(seconds)
+        least = int(PART * max(self._alone, default=0.0) * min(self._beside))
+        wanted = max(int(prompt * factor), min(least, 2 * prompt))
         if prompt < self.tokens and factor >= 1:  # there was no more to read: says nothing of more
             wanted = max(wanted, self.tokens)
         self.tokens = max(self.least, min(wanted, self.most))

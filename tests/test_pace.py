@@ -68,6 +68,17 @@ def test_a_prompt_is_not_read_for_ever() -> None:
     seen = reading(pace, lambda tokens: min(s for n, s in steps.items() if n >= tokens), 0.1)
     read, took = sum(tokens for tokens, _ in seen), sum(seconds for _, seconds in seen)
     assert read / took >= 0.7 * PART * 1024 / steps[1024]
+    assert all(after <= 2 * before for (before, _), (after, _) in pairwise(seen))
+
+
+def test_a_step_that_costs_the_same_whatever_it_reads() -> None:
+    """A GPU without a graph: 14 ms are its launches. Fewer tokens would spare nobody anything."""
+    pace = Pace(512)
+    pace.took(0.001, 0, 1)
+    pace.took(0.014, 512, 0)
+    seen = reading(pace, lambda tokens: 0.013 + 1e-6 * tokens, 0.001)[6:]
+    speeds = [tokens / seconds for tokens, seconds in seen]
+    assert min(speeds) >= 0.9 * PART * 512 / 0.014 and max(speeds) <= 1.5 * PART * 512 / 0.014
 
 
 def test_a_short_rest_says_nothing_of_more() -> None:

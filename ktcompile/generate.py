@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -134,8 +135,9 @@ def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     think: bool | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
+    most: int | None = None,
 ) -> list[int]:
-    """Token ids of a rendered conversation; `tools` as the template takes them.
+    """Token ids of a rendered conversation; `tools` as the template takes them. `most`: see `encode`.
 
     `think`: whether the answer begins inside <think>, or without a thought; None: as the model's template has it. A
     template may know one of two variables for that (DeepSeek's and Qwen's); of others the end of the prompt is changed.
@@ -161,6 +163,7 @@ def encode_chat(
     text = render(tokenizer, given, known, switch)
     if think is not None and text.rstrip().endswith(THINK) != think:
         text += f"{THINK}\n" if think else f"\n{THOUGHT}\n\n"
+    _check_length(tokenizer, text, most)
     ids: list[int] = []
     for piece in filter(None, re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]):
         ids += encode(tokenizer, marks.get(piece, piece), plain=piece in marks)
@@ -168,13 +171,21 @@ def encode_chat(
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, text: str, *, plain: bool = False, add_special: bool = False
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    *,
+    plain: bool = False,
+    add_special: bool = False,
+    most: int | None = None,
 ) -> list[int]:
     """Token ids of a text. `plain`: special tokens in it are text; `add_special`: with those around every text.
+
+    `most`: raise CapacityError for a text so long that it has more tokens, as to count them would take seconds.
 
     For several threads at once: transformers' `split_special_tokens` is a setting of the tokenizer itself, which one
     thread would change under another. Raises KtransError for what is no text.
     """
+    _check_length(tokenizer, text, most)
     backend = tokenizer.backend_tokenizer
     if plain:
         backend = _without_special(backend)
@@ -184,6 +195,21 @@ def encode(
         half = f"{text[error.start]!r} at {error.start}"
         raise KtransError(f"the text has {half}, half of a pair that JSON writes a character as") from error
     return list(backend.encode(text, add_special_tokens=add_special).ids)
+
+
+def _check_length(tokenizer: PreTrainedTokenizerFast, text: str, most: int | None) -> None:
+    """CapacityError for more characters than `most` tokens have."""
+    if most is not None and len(text) > most * _longest(tokenizer):
+        raise CapacityError(
+            f"the prompt has {len(text)} characters, so more tokens than the {most} of the context. Shorten it, or "
+            "start with a larger context if the model has one"
+        )
+
+
+@lru_cache(4)
+def _longest(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Characters of the longest token; a byte of it is one here, which a character has at least."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def _without_special(backend: Tokenizer) -> Tokenizer:

@@ -54,6 +54,7 @@ import httpx
 import pytest
 import torch
 from served import KEY, QUESTION, STORY, Served, running
+from timing import within
 
 from ktcompile.backends.torch_mla import TorchMLA
 from ktcompile.server import connections
@@ -204,6 +205,19 @@ def test_messages(served: Served, messages: list[Any], status: int, code: str) -
     start = time.perf_counter()
     refused(ask(served, messages=messages), status, code)
     assert time.perf_counter() - start < 10
+
+
+def test_a_word_of_eight_million_letters(served: Served) -> None:
+    """More than the context holds for sure, so nobody counts its tokens; where they are asked for, others go on."""
+    word = "a" * (8 << 20)
+    for path, body in (("/v1/chat/completions", {"messages": [{"role": "user", "content": word}]}),
+                       ("/v1/completions", {"prompt": word})):  # fmt: skip
+        assert within(1, lambda path=path, body=body: refused(served.post(path, body), 400, "context_length_exceeded"))
+    with ThreadPoolExecutor(1) as aside:
+        counted = aside.submit(served.post, "/tokenize", {"content": word})
+        time.sleep(0.3)
+        assert within(1, lambda: served.http.get("/health").raise_for_status())
+        assert not counted.done() and len(counted.result().json()["tokens"]) > 1 << 20
 
 
 def test_lone_surrogates(served: Served) -> None:

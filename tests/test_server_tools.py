@@ -87,7 +87,8 @@ def state_with(source: str, *special: str) -> State:
     tokenizer.chat_template = source
     state = State("m", Sampling(), tokenizer=tokenizer, stop_tokens=frozenset({1}))
     config = SimpleNamespace(vocab_size=len(tokenizer))
-    state.engine = SimpleNamespace(tokenizer=tokenizer.backend_tokenizer, model=SimpleNamespace(config=config))
+    model = SimpleNamespace(config=config)
+    state.engine = SimpleNamespace(tokenizer=tokenizer.backend_tokenizer, model=model, context=4096)
     return state
 
 

@@ -20,7 +20,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from ktcompile.errors import KtransError, RulesError, TemplateError
+from ktcompile.errors import CapacityError, KtransError, RulesError, TemplateError
 from ktcompile.server import anthropic, infill, llama, ollama, openai
 from ktcompile.server.connections import server_of
 from ktcompile.server.errors import ApiError
@@ -74,8 +74,8 @@ def create_app(state: State, *, key: str | None = None, hosts: tuple[str, ...] |
 
     @app.exception_handler(KtransError)
     async def unusable(request: Request, error: KtransError) -> Response:
-        code = "template_error" if isinstance(error, TemplateError) else "invalid_value"
-        return await told(request, ApiError(400, str(error), code=code))
+        codes = {TemplateError: "template_error", CapacityError: "context_length_exceeded"}
+        return await told(request, ApiError(400, str(error), code=codes.get(type(error), "invalid_value")))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

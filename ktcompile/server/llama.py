@@ -84,8 +84,8 @@ async def tokenize(request: Request, given: TokenizeRequest) -> dict[str, list[i
     """Ids of a text."""
     state = state_of(request)
     state.ready()
-    plain = not given.parse_special
-    return {"tokens": encode(state.tokenizer, given.content, plain=plain, add_special=given.add_special)}
+    how = {"plain": not given.parse_special, "add_special": given.add_special}
+    return {"tokens": await asyncio.to_thread(encode, state.tokenizer, given.content, **how)}
 
 
 @router.post("/detokenize")

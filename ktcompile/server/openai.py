@@ -96,7 +96,7 @@ def prompt_ids(state: State, given: CompletionRequest) -> list[int]:
         return [int(token) for token in prompt]
     if given.suffix:
         return fill_in(state, plain_ids(state, prompt), plain_ids(state, given.suffix))
-    return [*state.bos, *encode(state.tokenizer, prompt)]
+    return [*state.bos, *encode(state.tokenizer, prompt, most=state.context)]
 
 
 def plain_ids(state: State, text: str) -> list[int]:

@@ -65,7 +65,7 @@ def prompt_of(
     template = Template.of(template_of(state.tokenizer, bool(tools.offered)))
     told = template.messages(messages, tools.offered)
     given = [tool.json() for tool in tools.offered] if template.takes_tools else []
-    ids = encode_chat(state.tokenizer, told, (state.think or None) if think is None else think, given)
+    ids = encode_chat(state.tokenizer, told, (state.think or None) if think is None else think, given, state.context)
     end = str(state.tokenizer.decode(ids[-8:])).rstrip()
     thinks = end.endswith(OPEN)
     may_think = template.thinks and think is not False and not end.endswith(CLOSE)

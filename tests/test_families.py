@@ -186,7 +186,7 @@ def test_page(name: str, loaded: Any) -> None:
     layers = sum(k.endswith("experts.down_proj") for k, _ in model.named_parameters())
     for phase in PHASES:
         plan: Plan = loaded(name).plans[phase]
-        assert all(row.kernel in C_KERNELS | {"reference"} for row in plan.rows)
+        assert all(row.kernel in C_KERNELS | {"reference", "torch_mla"} for row in plan.rows)
         assert weights == sum(row.nbytes for row in plan.rows if "rope" not in row.name)
         assert loaded(name).store.nbytes == {use.device: use.weights for use in plan.uses}
         experts = [row for row in plan.rows if row.op in ("moe", "experts")]

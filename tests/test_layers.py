@@ -33,15 +33,23 @@ ORDER = (
     "convert",
     "inspect",
     "runtime",
+    "compile_cache",
+    "counters",
     "sampling",
     "step_graph",
     "model",
     "dynamo",
+    "apart",
+    "template_process",
+    "template",
     "generate",
     "pages",
     "penalties",
     "text",
+    "grammar_trial",
+    "grammar",
     "request",
+    "pace",
     "schedule",
     "bench",
     "profile",
@@ -54,7 +62,7 @@ ORDER = (
 """A file imports only files before it. `__init__.py` is the facade, for passes, backends and users."""
 
 OWNERS = {
-    "transformers": {"capture", "cache", "checkpoint", "layers", "model", "tokenizer", "generate"},
+    "transformers": {"capture", "cache", "checkpoint", "layers", "model", "tokenizer", "template", "generate"},
     "triton": {
         "backends.handover",
         "backends.triton_gqa",

@@ -396,7 +396,7 @@ def test_out_of_memory_in_the_middle(served: Served, monkeypatch: pytest.MonkeyP
     real = TorchMLA.__call__
 
     def full(self: TorchMLA, packed: Any, region: Any, *inputs: Any) -> Any:
-        if inputs[0].numel() // inputs[0].shape[-1] > 8:
+        if inputs[0].numel() // inputs[0].shape[-1] > 4:  # a piece of a prompt, however small
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB.")
         return real(self, packed, region, *inputs)
 

@@ -345,12 +345,16 @@ def products(
     OFFSET: constexpr,
     MINIMA: constexpr,
     BIAS: constexpr,
-    TOKENS: constexpr,  # 1, 4, 8 or 16, at least `tokens`
+    TOKENS: constexpr,  # 1, 4, 8 or 16
     RW: constexpr,  # warps along the rows, 16 each
     KW: constexpr,  # warps along the columns, 256 each a step
     STAGES: constexpr,  # steps in shared memory
 ) -> None:
-    """Program: 16 * RW rows."""
+    """Program (TOKENS tokens, 16 * RW rows).
+
+    What a thread holds is of shape `[RW, KW, 4, 2, 4]`, in layout M one of it each: the warp, g // 2, g % 2 and t,
+    where the tensor cores want rows g and g + 8 of the matrix and columns 2 t and 2 t + 1 of x.
+    """
     R: constexpr = 16 * RW
     N: constexpr = min(TOKENS, 4)
     GROUPS: constexpr = TOKENS // N

@@ -1,6 +1,7 @@
 """However an answer is cut into pieces, the same is thought and the same is said."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -69,7 +70,7 @@ def test_every_template_begins_a_thought_or_none(name: str) -> None:
     tokenizer = open_checkpoint().tokenizer
     template, wanted = TEMPLATES[name]
     tokenizer.chat_template = "{{ messages[0]['content'] }}" + template
-    state = State("m", Sampling(), tokenizer=tokenizer)
+    state = State("m", Sampling(), tokenizer=tokenizer, engine=SimpleNamespace(context=1024))
     for think, end in wanted.items():
         ids = encode_chat(tokenizer, [{"role": "user", "content": "a"}], think)
         assert ids == tokenizer("a" + end, add_special_tokens=False)["input_ids"]

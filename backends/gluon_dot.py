@@ -516,15 +516,13 @@ def dot(
     tiles: Tiles | None = None,
 ) -> Tensor:
     """`[tokens, rows]` of type `dtype`. `x`: as `integers` gives it."""
-    f, found, tokens = p.format, p.tensors, x[0].shape[0]
-    low = found["low"]
-    planes = (found.get(name, low) for name in ("low", "high", "scale", "low_scale", "d", "dmin"))
-    out = torch.empty(tokens, p.rows, dtype=dtype, device=low.device)
+    f, tokens = p.format, x[0].shape[0]
+    out = torch.empty(tokens, p.rows, dtype=dtype, device=x[0].device)
     t = tiles or choose_tiles(p.rows, p.cols, tokens, processors.count)
     at_once = together(tokens, processors.shared_bytes)
     with torch.cuda.device(out.get_device()):
         products[(-(-tokens // at_once), -(-p.rows // t.rows))](
-            *x, *planes, out if bias is None else bias, out, p.rows, tokens, p.cols // (2 * SUPER), HIGH=f.high,
+            *x, *p.all, out if bias is None else bias, out, p.rows, tokens, p.cols // (2 * SUPER), HIGH=f.high,
             GROUP=f.group, OFFSET=f.offset, MINIMA=f.has_min, BIAS=bias is not None, TOKENS=at_once, RW=t.row_warps,
             KW=t.col_warps, STAGES=t.stages, num_warps=t.row_warps * t.col_warps,
         )  # fmt: skip

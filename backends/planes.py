@@ -78,6 +78,9 @@ FORMATS: dict[str, Format] = {
 """Encoding -> its planes. At most 2.8 % (q4_k) more than the file: its 6-bit scales take a byte each."""
 
 
+PLANES = ("low", "high", "scale", "low_scale", "d", "dmin")
+
+
 @dataclass(frozen=True)
 class Planes:
     """A matrix `[rows, cols]` in planes, on one device."""
@@ -90,6 +93,11 @@ class Planes:
     @property
     def format(self) -> Format:
         return FORMATS[self.encoding]
+
+    @property
+    def all(self) -> tuple[Tensor, ...]:
+        """Those of `PLANES`, as kernels take them; `low` instead of one that the format has not."""
+        return tuple(self.tensors.get(name, self.tensors["low"]) for name in PLANES)
 
     @property
     def nbytes(self) -> int:

@@ -357,21 +357,19 @@ def dot(x: Vector, p: Planes, bias: Tensor | None = None, tiles: DotTiles | None
 
     With `tiles` the kernel here runs, not `gluon_dot`.
     """
-    f, found = p.format, p.tensors
-    low = found["low"]
+    f, low = p.format, p.tensors["low"]
     if low.numel() >= 1 << 33:  # offsets are int32, in words
         raise ValueError(f"a matrix of {low.numel()} bytes; dot takes less than 8 GiB")
     processors = processors_of(low.get_device())
     if tiles is None and gluon_dot.fits(p) and tensor_cores(low.get_device()) is None:
         return gluon_dot.dot(x.integers, p, x.x.dtype, processors, bias)
-    planes = (found.get(name, low) for name in ("low", "high", "scale", "low_scale", "d", "dmin"))
     words, tokens = x.words, x.x.shape[0]
     out = torch.empty(tokens, p.rows, dtype=x.x.dtype, device=low.device)
     t = tiles or (INTERPRETED if interpreted() else dot_tiles(p.rows, p.cols, processors.count))
     grid = (tokens, -(-p.rows // (t.rows * t.warp_rows)))
     with torch.cuda.device(out.get_device()):
         _dot[grid](
-            words, *planes, out if bias is None else bias, out, p.rows, BIAS=bias is not None,
+            words, *p.all, out if bias is None else bias, out, p.rows, BIAS=bias is not None,
             COLS=p.cols, LOW=f.low, HIGH=f.high, GROUP=f.group, SUPER=f.super, OFFSET=f.offset, MINIMA=f.has_min,
             ROWS=t.rows, WARP_ROWS=t.warp_rows, UNITS=t.units, EMULATE=interpreted(), num_warps=t.warps,
         )  # fmt: skip

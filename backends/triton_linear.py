@@ -19,7 +19,7 @@ from torch.nn import functional
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
 from ktcompile.backends import gluon_dot, native
 from ktcompile.backends.encoded import _quantized
-from ktcompile.backends.planes import FORMATS, UNIT, Planes, planes
+from ktcompile.backends.planes import FORMATS, PLANES, UNIT, Planes, planes
 from ktcompile.backends.reference import plain_cost
 from ktcompile.backends.triton_dot import Vector, dot, most_tokens
 from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
@@ -411,13 +411,6 @@ def _constants(p: Planes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tensors(p: Planes) -> tuple[Tensor, ...]:
-    """All six planes; `low` instead of one that the format has not."""
-    found = p.tensors
-    low = found["low"]
-    return tuple(found.get(name, low) for name in ("low", "high", "scale", "low_scale", "d", "dmin"))
-
-
 def _check(p: Planes, x: Tensor | None = None) -> None:
     why = unavailable()
     if why is not None:
@@ -437,7 +430,7 @@ def dequantize(p: Planes, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     rows = 128 // block if not interpreted() else 64
     grid = (-(-p.rows // rows), -(-units // block))
     with torch.cuda.device(out.get_device()):
-        _dequantize[grid](*_tensors(p), out, p.rows, **_constants(p), ROWS=rows, UNITS=block, num_warps=4)
+        _dequantize[grid](*p.all, out, p.rows, **_constants(p), ROWS=rows, UNITS=block, num_warps=4)
     return out
 
 
@@ -473,7 +466,7 @@ def _vector(x: Tensor, p: Planes, bias: Tensor | None, tiles: VectorTiles | None
     grid = (-(-p.rows // (t.rows * t.warp_rows)),)
     with torch.cuda.device(x.get_device()):
         _gemv[grid](
-            x, *_tensors(p), out if bias is None else bias, out, p.rows, **_constants(p), BIAS=bias is not None,
+            x, *p.all, out if bias is None else bias, out, p.rows, **_constants(p), BIAS=bias is not None,
             ROWS=t.rows, WARP_ROWS=t.warp_rows, UNITS=t.units, num_warps=t.warps,
         )  # fmt: skip
     return out
@@ -489,7 +482,7 @@ def _few(x: Tensor, p: Planes, bias: Tensor | None) -> Tensor:
     partial = out if splits == 1 else torch.empty(splits, tokens, p.rows, device=x.device)
     with torch.cuda.device(x.get_device()):
         _gemm[(blocks, splits)](
-            x, x.stride(0), *_tensors(p), partial, out if bias is None else bias, p.rows, tokens, **_constants(p),
+            x, x.stride(0), *p.all, partial, out if bias is None else bias, p.rows, tokens, **_constants(p),
             BIAS=bias is not None, ROWS=rows, UNITS=units, TOKENS=16, SPLITS=splits, UPCAST=interpreted(), num_warps=4,
         )  # fmt: skip
         if splits > 1:
@@ -648,9 +641,6 @@ def pack_planes(parts: Parts, region: Region, target: Target) -> Packed:
         made = planes(raw, part.spec.encoding, None if scale is None else scale.to(device), cols)
         tensors |= {f"{leaf}/{name}": t for name, t in made.items()}
     return Packed("planes", tensors, kept)
-
-
-PLANES = ("low", "high", "scale", "low_scale", "d", "dmin")
 
 
 def weight_of(packed: Packed, leaf: str) -> Planes | Tensor:

@@ -390,15 +390,11 @@ def _from_logits(
     rows: Sequence[tuple[Active, int]], logits: Tensor, choices: Choices, masks: Mapping[int, Future[Tensor]]
 ) -> list[_Chosen]:
     """The tokens chosen from logits on the CPU, `[at least rows, vocabulary]`, with what each request wants done."""
-    adjusted = logits.float()
+    adjusted = logits.to(torch.float32, copy=True)
     for i, (a, count) in enumerate(rows):
         if count == a.pending and a.request.penalties:
-            if adjusted is logits:
-                adjusted = logits.clone()
             adjusted[i] = penalised(logits[i], a.request.penalties, a.request.prompt, a.answer)
         if i in masks:
-            if adjusted is logits:
-                adjusted = logits.clone()
             allowed = masks[i].result()[: logits.shape[1]]
             adjusted[i].masked_fill_(~allowed, -torch.inf)
     sampled = sample(adjusted, choices)

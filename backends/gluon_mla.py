@@ -1,12 +1,21 @@
 """The kernel of `mla_attend` for Hopper GPUs, in Gluon: Triton with layouts and asynchronous products in our hands.
 
 `triton_mla._attend` defines it and runs wherever this one does not; both take the same arguments and give the same
-numbers. What the compiler does not do there, and is done here (64 rows, 64 keys a step, two groups of four warps):
+numbers. A program is 64 rows and a part of the context, in blocks of 64 keys, with warps of three kinds:
 
-- both groups share the scores of a step, 32 keys each; left to itself the compiler has each compute all of them
-- the product of the weights with the latents and the scores of the next step are queued together, so that the tensor
-  cores have work while the next rows of the cache are asked for
-- which rows come is known a step ahead: the page table is never waited for
+- `_fetch`, four warps, copies block after block into one of two places, a row a page-table entry says where
+- `_mix`, two groups of four warps: one makes the scores and weights of even blocks, one of odd blocks; each keeps half
+  the columns of the result, so both need the weights of every block. While one works on weights, the tensor cores have
+  the other's products
+
+A block's weights take the place of its rotated keys once these are read: there is no room elsewhere. They are relative
+to a scale of their row that lags behind the maximum by up to `SLACK`, so that what is mixed already seldom has to be
+scaled anew. Groups tell each other by barriers in shared memory:
+
+    full[place]     a block has come                            from `_fetch` to the group whose block it is
+    known[group]    the scales of its block stand in `tops`     from a group to the other
+    ready[group]    so do its weights, in `key`                 likewise
+    empty[place]    both groups have mixed the block            from both to `_fetch`
 
 Gluon may change from one Triton to the next, so `refuses` also runs the kernel once and looks at what it gives.
 """
@@ -25,32 +34,34 @@ from ktcompile.ops.mla import attend_reference
 LORA, ROPE = 512, 64
 """The only sizes of a row that it is written for."""
 
-ROWS, KEYS, WARPS = 64, 64, 8
-"""(query, head) pairs a program, cache rows a step of its loop, warps."""
+ROWS, KEYS, WARPS = 64, 64, 4
+"""(query, head) pairs a program, cache rows a block, warps of a launch; eight more come of themselves."""
+
+AHEAD = constexpr and constexpr(2)
+"""Blocks after the one that is copied of which the second-level cache is told."""
+
+SLACK = constexpr and constexpr(8.0)
+"""A row's maximum exceeds its scale by this at most, in powers of two: a weight is at most 256, exact in any type."""
+
+MIXES, FETCHES = constexpr and constexpr(216), constexpr and constexpr(72)
+"""Registers of a thread of either kind: there are 256 of one and 128 of the other, and 65536 in all."""
 
 if async_copy is not None:
     _load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # until Triton 3.6
-    _commit, _wait = async_copy.commit_group, async_copy.wait_group
     _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
     _fence, _mma, _mma_wait = hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait
+    mbarrier = hopper.mbarrier
+    _memory = gl.shared_memory_descriptor
+    _reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret  # until Triton 3.6
 
 
 @gluon_jit
-def _fetch(
-    latents: tensor,
-    keys: tensor,
-    slot: tensor,  # [KEYS], as `to` is written
-    slot_key: tensor,  # [KEYS], as `to_key` is
-    to: tensor,  # [KEYS, LORA] shared
-    to_key: tensor,  # [KEYS, ROPE]
-    d: tensor,
-    e: tensor,
-    LATENT_STRIDE: constexpr,
-    KEY_STRIDE: constexpr,
-) -> None:
-    _load(to, latents + (slot.to(gl.int64) * LATENT_STRIDE)[:, None] + d[None, :])
-    _load(to_key, keys + (slot_key.to(gl.int64) * KEY_STRIDE)[:, None] + e[None, :])
-    _commit()
+def _barriers(arrivals: constexpr) -> tensor:
+    """Two, each complete after so many arrivals."""
+    both = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(both.index(0), arrivals)
+    mbarrier.init(both.index(1), arrivals)
+    return both
 
 
 @gluon_jit
@@ -58,6 +69,232 @@ def _slots(pages: tensor, position: tensor, hi: tensor, PAGE: constexpr) -> tens
     """The pool's rows of positions, int32; of those from `hi` on the last one again."""
     position = gl.minimum(position, hi - 1)
     return gl.load(pages + position // PAGE).to(gl.int32) * PAGE + position % PAGE
+
+
+@gluon_jit
+def _ask(address: tensor) -> None:
+    """Has the cache lines of these addresses brought to the second-level cache."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon_jit
+def _fetch(
+    buffers: tensor,
+    full: tensor,
+    empty: tensor,
+    latents: tensor,
+    keys: tensor,
+    pages: tensor,
+    lo: tensor,
+    hi: tensor,
+    LATENT_STRIDE: constexpr,
+    KEY_STRIDE: constexpr,
+    PAGE: constexpr,
+) -> None:
+    """The warps that copy: block after block into the place of the one before the last, once nobody reads that."""
+    _, _, latent, key, _, _ = buffers
+    KEYS: constexpr = key.shape[1]
+    ROPE: constexpr = key.shape[2]
+    HALF: constexpr = latent.shape[0] * 16
+    halves = _reinterpret(latent, latent.dtype, [4, KEYS, HALF], latent.layout)
+    wide: constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    narrow: constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    lines: constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
+    d = gl.arange(0, HALF, gl.SliceLayout(0, wide))
+    e = gl.arange(0, ROPE, gl.SliceLayout(0, narrow))
+    line = gl.arange(0, HALF // 32, gl.SliceLayout(0, lines)) * 64  # 128 bytes
+    position = lo + gl.arange(0, KEYS, gl.SliceLayout(1, wide))
+    position_key = lo + gl.arange(0, KEYS, gl.SliceLayout(1, narrow))
+    soon = lo + AHEAD * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, lines))
+    soon_key = lo + AHEAD * KEYS + gl.arange(0, KEYS, gl.BlockedLayout([1], [32], [4], [0]))
+    slot = _slots(pages, position, hi, PAGE)
+    slot_key = _slots(pages, position_key, hi, PAGE)
+    for i in range(gl.cdiv(hi - lo, KEYS)):
+        place = i % 2
+        at = latents + (slot.to(gl.int64) * LATENT_STRIDE)[:, None] + d[None, :]
+        at_key = keys + (slot_key.to(gl.int64) * KEY_STRIDE)[:, None] + e[None, :]
+        mbarrier.wait(empty.index(place), (i // 2 + 1) & 1)
+        _load(halves.index(2 * place), at)
+        _load(halves.index(2 * place + 1), at + HALF)
+        _load(key.index(place), at_key)
+        async_copy.mbarrier_arrive(full.index(place), increment_count=False)
+        then = _slots(pages, soon + i * KEYS, hi, PAGE).to(gl.int64)
+        _ask(latents + (then * LATENT_STRIDE)[:, None] + line[None, :])
+        _ask(keys + _slots(pages, soon_key + i * KEYS, hi, PAGE).to(gl.int64) * KEY_STRIDE)
+        slot = _slots(pages, position + (i + 1) * KEYS, hi, PAGE)
+        slot_key = _slots(pages, position_key + (i + 1) * KEYS, hi, PAGE)
+
+
+@gluon_jit
+def _finite(top: tensor) -> tensor:
+    """A row's scale, or 0 if it has seen nothing: no inf - inf."""
+    return gl.where(top == float("-inf"), 0.0, top)
+
+
+@gluon_jit
+def _moved(tops: tensor, before: tensor) -> tensor:
+    """Whether any row's scale is another one. Every warp looks at all rows, so none waits for the others."""
+    everywhere: constexpr = gl.SliceLayout(1, gl.BlockedLayout([2, 1], [32, 1], [1, 4], [1, 0]))
+    return gl.max((tops.load(everywhere) != before.load(everywhere)).to(gl.int32), 0) > 0
+
+
+@gluon_jit
+def _scores(buffers: tensor, full: tensor, turn: tensor, tiles: tensor, zero: tensor, GROUP: constexpr) -> tensor:
+    """Of a block of this group, [ROWS, KEYS]. A loop over tiles of 64 columns, whose number is no constant: the
+    addresses of all of them are more than registers hold.
+    """
+    q, q_rope, latent, key, _, _ = buffers
+    mbarrier.wait(full.index(GROUP), turn & 1)
+    _fence()
+    scores = _mma(q_rope, key.index(GROUP).permute((1, 0)), zero, use_acc=False, is_async=True)
+    for t in range(tiles):
+        scores = _mma(q.index(t), latent.index(GROUP * tiles + t).permute((1, 0)), scores, is_async=True)
+    return _mma_wait(0, deps=[scores])
+
+
+@gluon_jit
+def _own(
+    mixed: tensor,  # [ROWS, LORA // 2], this group's columns of the result
+    top: tensor,  # [ROWS], its scale: the logarithm of what it is divided by
+    total: tensor,  # [ROWS], sum of this group's weights, likewise
+    scores: tensor,  # of the block
+    limit: tensor,  # [ROWS], columns of the block from which on a row may not see
+    least: tensor,  # the smallest of them
+    scale_log2: tensor,
+    buffers: tensor,
+    barriers: tensor,
+    GROUP: constexpr,
+) -> tensor:
+    """Scores of a block to weights, which the other group is told, and this group's half of what they mix."""
+    _, _, latent, key, tops, _ = buffers
+    _, empty, known, ready = barriers
+    KEYS: constexpr = scores.shape[1]
+    if least < KEYS:
+        column = gl.arange(0, KEYS, gl.SliceLayout(0, scores.type.layout))
+        scores = gl.where(column[None, :] < limit[:, None], scores, float("-inf"))
+    highest = gl.max(scores, 1) * scale_log2
+    new_top = gl.where(highest > top + SLACK, highest, top)
+    tops.index(GROUP).store(new_top)
+    _barrier()
+    mbarrier.arrive(known.index(GROUP))
+    moved = _moved(tops.index(GROUP), tops.index(1 - GROUP))
+    safe = _finite(new_top)
+    weight = gl.exp2(scores * scale_log2 - safe[:, None])
+    weights = weight.to(key.dtype)
+    key.index(GROUP).store(weights)
+    _fence()
+    _barrier()
+    mbarrier.arrive(ready.index(GROUP))
+
+    fade = gl.exp2(top - safe)
+    total = total * fade + gl.sum(weight, 1)
+    if moved:
+        mixed = mixed * gl.convert_layout(fade, gl.SliceLayout(1, mixed.type.layout))[:, None]
+    operand = gl.convert_layout(weights, gl.DotOperandLayout(0, mixed.type.layout, 2))
+    product = _mma(operand, _half(latent, GROUP, GROUP), mixed, is_async=True)
+    mixed, operand = _mma_wait(0, deps=[product, operand])
+    _barrier()
+    mbarrier.arrive(empty.index(GROUP))
+    return mixed, new_top, total
+
+
+@gluon_jit
+def _other(
+    mixed: tensor, top: tensor, total: tensor, turn: tensor, buffers: tensor, barriers: tensor, GROUP: constexpr
+) -> tensor:
+    """This group's half of a block of the other one."""
+    _, _, latent, key, tops, _ = buffers
+    _, empty, known, ready = barriers
+    OTHER: constexpr = 1 - GROUP
+    mbarrier.wait(known.index(OTHER), turn & 1)
+    new_top = tops.index(OTHER).load(top.type.layout)
+    fade = gl.exp2(top - _finite(new_top))
+    if _moved(tops.index(OTHER), tops.index(GROUP)):
+        mixed = mixed * gl.convert_layout(fade, gl.SliceLayout(1, mixed.type.layout))[:, None]
+    mbarrier.wait(ready.index(OTHER), turn & 1)
+    product = _mma(key.index(OTHER), _half(latent, OTHER, GROUP), mixed, is_async=True)
+    mixed = _mma_wait(0, deps=[product])
+    _barrier()
+    mbarrier.arrive(empty.index(OTHER))
+    return mixed, new_top, total * fade
+
+
+@gluon_jit
+def _half(latent: tensor, place: constexpr, half: constexpr) -> tensor:
+    """[KEYS, LORA // 2] of `latent`, whose tiles of 64 columns lie one after the other."""
+    KEYS: constexpr = latent.shape[1]
+    HALF: constexpr = latent.shape[0] * 16
+    return _reinterpret(latent, latent.dtype, [4, KEYS, HALF], latent.layout).index(2 * place + half)
+
+
+@gluon_jit
+def _mix(
+    buffers: tensor,
+    barriers: tensor,
+    asked: tensor,  # barrier: the queries have come
+    ended: tensor,  # barrier: both groups have told their totals
+    numbers: tensor,
+    result: tensor,
+    GROUP: constexpr,
+    HEADS: constexpr,
+    ROWS: constexpr,
+    KEYS: constexpr,
+    LORA: constexpr,
+    SPLITS: constexpr,
+) -> None:
+    """One of two groups of four warps: the weights of every other block, and half the columns of the result."""
+    lo, hi, first, count, start, stored, scale_log2, tiles = numbers
+    out, partial, lse, tokens, split = result
+    HALF: constexpr = LORA // 2
+    of_scores: constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    of_mixed: constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    row_s = first + gl.arange(0, ROWS, gl.SliceLayout(1, of_scores))
+    limit = gl.where(row_s < count, stored + row_s // HEADS + 1, 0) - lo  # of rows that there are not, nobody reads
+    least = stored + first // HEADS + 1 - lo
+    top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, of_scores))
+    total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, of_scores))
+    mixed = gl.full([ROWS, HALF], 0.0, gl.float32, of_mixed)
+    zero = gl.full([ROWS, KEYS], 0.0, gl.float32, of_scores)
+    full, _, _, _ = barriers
+    blocks = gl.cdiv(hi - lo, KEYS)
+    mbarrier.wait(asked, 0)
+    if (GROUP == 0) & (blocks > 0):
+        scores = _scores(buffers, full, 0, tiles, zero, GROUP)
+        mixed, top, total = _own(mixed, top, total, scores, limit, least, scale_log2, buffers, barriers, GROUP)
+    for i in range(2 - GROUP, blocks, 2):
+        mixed, top, total = _other(mixed, top, total, (i - 1) // 2, buffers, barriers, GROUP)
+        scores = _scores(buffers, full, i // 2, tiles, zero, GROUP)
+        mixed, top, total = _own(
+            mixed, top, total, scores, limit - i * KEYS, least - i * KEYS, scale_log2, buffers, barriers, GROUP
+        )
+    if (blocks > 0) & (blocks % 2 == GROUP):  # the last one is the other group's
+        mixed, top, total = _other(mixed, top, total, (blocks - 1) // 2, buffers, barriers, GROUP)
+
+    _, _, _, _, _, totals = buffers
+    totals.index(GROUP).store(total)
+    _barrier()
+    mbarrier.arrive(ended)
+    mbarrier.wait(ended, 0)
+    total += totals.index(1 - GROUP).load(gl.SliceLayout(1, of_scores))
+    seen = total > 0
+    scale = gl.convert_layout(1.0 / gl.where(seen, total, 1.0), gl.SliceLayout(1, of_mixed))
+    mixed = mixed * scale[:, None]
+    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, of_mixed))
+    column = GROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(0, of_mixed))
+    inside = (row < count)[:, None]
+    at = (start * HEADS + row).to(gl.int64)
+    if SPLITS == 1:
+        gl.store(out + at[:, None] * LORA + column[None, :], mixed.to(out.dtype.element_ty), mask=inside)
+    else:
+        offset = split.to(gl.int64) * tokens * HEADS
+        if GROUP == 0:
+            score = gl.where(seen, top + gl.log2(gl.where(seen, total, 1.0)), float("-inf"))
+            gl.store(lse + offset + start * HEADS + row_s, score, mask=row_s < count)
+        some = gl.convert_layout(seen.to(gl.int32), gl.SliceLayout(1, of_mixed)) > 0
+        to = partial + (offset + at)[:, None] * LORA + column[None, :]
+        gl.store(to, mixed, mask=inside & some[:, None])
 
 
 @gluon_jit
@@ -91,124 +328,85 @@ def attend(
     KEYS: constexpr,
     SPLITS: constexpr,
 ) -> None:
-    """Launched with `WARPS` warps over (blocks of rows, splits)."""
-    flat: constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    wide: constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
-    narrow: constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    of_scores: constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, KEYS // 2, 16])
-    of_mixed: constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16])
-    of_weights: constexpr = gl.DotOperandLayout(0, of_mixed, 2)
+    """Launched with `WARPS` warps over (blocks of rows, splits); eight more come of themselves."""
+    HALF: constexpr = LORA // 2
+    wide: constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    narrow: constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     shared: constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    flat_shared: constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dtype: constexpr = q_latent.dtype.element_ty
+
+    full, empty, known, ready = _barriers(128), _barriers(2), _barriers(1), _barriers(1)
+    asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ended = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(asked, 128)
+    mbarrier.init(ended, 2)
+    _fence()
+    _barrier()
 
     block = gl.program_id(0)
     split = gl.program_id(1)
-    i = gl.arange(0, REQUESTS_PAD, flat)
-    begin = gl.load(query_start + i, mask=i <= requests, other=0).to(gl.int32) * HEADS // ROWS
+    # All that says which request this is comes at once; every warp looks at all of it.
+    i = gl.arange(0, REQUESTS_PAD, gl.SliceLayout(1, gl.BlockedLayout([1, 1], [32, 1], [1, 4], [1, 0])))
+    starts = gl.load(query_start + i, mask=i <= requests, other=0).to(gl.int32)
+    ends = gl.load(query_start + i + 1, mask=i < requests, other=tokens).to(gl.int32)
+    lengths = gl.load(seq_len + i, mask=i < requests, other=0).to(gl.int32)
+    begin = starts * HEADS // ROWS
     if HEADS % ROWS != 0:
         begin += i
     request = gl.sum(((i <= requests) & (begin <= block)).to(gl.int32), 0) - 1
 
     owned = request < requests
-    start = gl.load(query_start + request).to(gl.int32)
-    end = gl.load(query_start + request + 1, mask=owned, other=tokens).to(gl.int32)
-    stored = gl.load(seq_len + request, mask=owned, other=0).to(gl.int32)
+    start = gl.sum(gl.where(i == request, starts, 0), 0)
+    end = gl.sum(gl.where(i == request, ends, 0), 0)
+    stored = gl.sum(gl.where(i == request, lengths, 0), 0)
     own_begin = start * HEADS // ROWS
     if HEADS % ROWS != 0:
         own_begin += request
     first = (block - own_begin) * ROWS
     count = (end - start) * HEADS
-    if first >= count:
-        return
     # The last row sees most.
-    context = gl.where(owned, stored + gl.minimum(first + ROWS - 1, count - 1) // HEADS + 1, 0)
-
-    d = gl.arange(0, LORA, gl.SliceLayout(0, wide))
-    e = gl.arange(0, ROPE, gl.SliceLayout(0, narrow))
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
-    token = (start + row // HEADS).to(gl.int64)
-    at = q_latent + (token * q_latent_token_stride + row % HEADS * q_latent_head_stride)[:, None] + d[None, :]
-    ql = gl.allocate_shared_memory(dtype, [ROWS, LORA], shared, gl.load(at, mask=(row < count)[:, None], other=0.0))
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, narrow))
-    token = (start + row // HEADS).to(gl.int64)
-    at = q_rope + (token * q_rope_token_stride + row % HEADS * q_rope_head_stride)[:, None] + e[None, :]
-    qr = gl.allocate_shared_memory(dtype, [ROWS, ROPE], shared, gl.load(at, mask=(row < count)[:, None], other=0.0))
-    latent = gl.allocate_shared_memory(dtype, [2, KEYS, LORA], shared)
-    key = gl.allocate_shared_memory(dtype, [2, KEYS, ROPE], shared)
-
-    row_s = first + gl.arange(0, ROWS, gl.SliceLayout(1, of_scores))
-    limit = gl.where((row_s < count) & owned, stored + row_s // HEADS + 1, 0)  # positions each row may see
-    top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, of_scores))  # running maximum
-    total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, of_scores))  # running sum of exp2(score - top)
-    mixed = gl.full([ROWS, LORA], 0.0, gl.float32, of_mixed)
+    context = stored + gl.minimum(first + ROWS - 1, count - 1) // HEADS + 1
+    context = gl.where(owned & (first < count), context, 0)
     part = gl.cdiv(gl.cdiv(context, KEYS), SPLITS) * KEYS
     lo = split * part
-    hi = gl.minimum(lo + part, context)
-    if lo < hi:
-        pages = page_table + request * table_stride
-        ahead = lo + gl.arange(0, KEYS, gl.SliceLayout(1, wide))
-        ahead_key = lo + gl.arange(0, KEYS, gl.SliceLayout(1, narrow))
-        for buffer in gl.static_range(2):
-            slot = _slots(pages, ahead + buffer * KEYS, hi, PAGE)
-            slot_key = _slots(pages, ahead_key + buffer * KEYS, hi, PAGE)
-            _fetch(
-                latents, keys, slot, slot_key, latent.index(buffer), key.index(buffer), d, e, LATENT_STRIDE, KEY_STRIDE
-            )
-        slot = _slots(pages, ahead + 2 * KEYS, hi, PAGE)
-        slot_key = _slots(pages, ahead_key + 2 * KEYS, hi, PAGE)
-        _wait(1)
-        _fence()
-        _barrier()
-        zero = gl.full([ROWS, KEYS], 0.0, gl.float32, of_scores)
-        scores = _mma(ql, latent.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-        scores = _mma(qr, key.index(0).permute((1, 0)), scores, is_async=True)
-        score = _mma_wait(0, deps=[scores])
-        buffer = 0
-        for base in range(lo, hi, KEYS):
-            position = base + gl.arange(0, KEYS, gl.SliceLayout(0, of_scores))
-            score = gl.where(position[None, :] < limit[:, None], score * scale_log2, float("-inf"))
-            new_top = gl.maximum(top, gl.max(score, 1))
-            safe = gl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing: no inf - inf
-            weight = gl.exp2(score - safe[:, None])
-            fade = gl.exp2(top - safe)
-            total = total * fade + gl.sum(weight, 1)
-            top = new_top
-            mixed = mixed * gl.convert_layout(fade, gl.SliceLayout(1, of_mixed))[:, None]
-            operand = gl.convert_layout(weight.to(dtype), of_weights)
-            product = _mma(operand, latent.index(buffer), mixed, is_async=True)
+    hi = gl.maximum(lo, gl.minimum(lo + part, context))
 
-            other = 1 - buffer  # holds the next step's rows, or the last ones again
-            _wait(0)
-            _fence()
-            _barrier()
-            scores = _mma(ql, latent.index(other).permute((1, 0)), zero, use_acc=False, is_async=True)
-            scores = _mma(qr, key.index(other).permute((1, 0)), scores, is_async=True)
-            mixed, operand = _mma_wait(2, deps=[product, operand])
-            _barrier()  # the other group has read its half too
-            _fetch(
-                latents, keys, slot, slot_key, latent.index(buffer), key.index(buffer), d, e, LATENT_STRIDE, KEY_STRIDE
-            )
-            slot = _slots(pages, ahead + (base - lo + 3 * KEYS), hi, PAGE)
-            slot_key = _slots(pages, ahead_key + (base - lo + 3 * KEYS), hi, PAGE)
-            score = _mma_wait(0, deps=[scores])
-            buffer = other
-        _wait(0)
+    d = gl.arange(0, HALF, gl.SliceLayout(0, wide))
+    e = gl.arange(0, ROPE, gl.SliceLayout(0, narrow))
+    q = gl.allocate_shared_memory(dtype, [LORA // 64, ROWS, 64], shared)
+    q_halves = _reinterpret(q, dtype, [2, ROWS, HALF], shared)
+    qr = gl.allocate_shared_memory(dtype, [ROWS, ROPE], shared)
+    row = gl.maximum(gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, wide)), count - 1), 0)
+    token = gl.minimum(start + row // HEADS, tokens - 1).to(gl.int64)
+    at = q_latent + (token * q_latent_token_stride + row % HEADS * q_latent_head_stride)[:, None] + d[None, :]
+    _load(q_halves.index(0), at)
+    _load(q_halves.index(1), at + HALF)
+    row = gl.maximum(gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, narrow)), count - 1), 0)
+    token = gl.minimum(start + row // HEADS, tokens - 1).to(gl.int64)
+    at = q_rope + (token * q_rope_token_stride + row % HEADS * q_rope_head_stride)[:, None] + e[None, :]
+    _load(qr, at)
+    async_copy.mbarrier_arrive(asked, increment_count=False)
+    latent = gl.allocate_shared_memory(dtype, [2 * LORA // 64, KEYS, 64], shared)
+    key = gl.allocate_shared_memory(dtype, [2, KEYS, ROPE], shared)
+    tops = gl.allocate_shared_memory(gl.float32, [2, ROWS], flat_shared)
+    totals = gl.allocate_shared_memory(gl.float32, [2, ROWS], flat_shared)
 
-    seen = total > 0
-    scale = gl.convert_layout(1.0 / gl.where(seen, total, 1.0), gl.SliceLayout(1, of_mixed))
-    mixed = mixed * scale[:, None]
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, of_mixed))
-    column = gl.arange(0, LORA, gl.SliceLayout(0, of_mixed))
-    at = (start * HEADS + row).to(gl.int64)
-    if SPLITS == 1:
-        gl.store(out + at[:, None] * LORA + column[None, :], mixed.to(dtype), mask=(row < count)[:, None])
-    else:
-        offset = split.to(gl.int64) * tokens * HEADS
-        score = gl.where(seen, top + gl.log2(gl.where(seen, total, 1.0)), float("-inf"))
-        gl.store(lse + offset + start * HEADS + row_s, score, mask=row_s < count)
-        some = gl.convert_layout(seen.to(gl.int32), gl.SliceLayout(1, of_mixed)) > 0
-        to = partial + (offset + at)[:, None] * LORA + column[None, :]
-        gl.store(to, mixed, mask=((row < count) & some)[:, None])
+    pages = page_table + request * table_stride
+    tiles = LORA // 64 * (hi > lo).to(gl.int32)
+    buffers = (q, qr, latent, key, tops, totals)
+    barriers = (full, empty, known, ready)
+    numbers = (lo, hi, first, count, start, stored, scale_log2, tiles)
+    result = (out, partial, lse, tokens, split)
+    gl.warp_specialize(
+        [
+            (_mix, (buffers, barriers, asked, ended, numbers, result, 0, HEADS, ROWS, KEYS, LORA, SPLITS)),
+            (_mix, (buffers, barriers, asked, ended, numbers, result, 1, HEADS, ROWS, KEYS, LORA, SPLITS)),
+            (_fetch, (buffers, full, empty, latents, keys, pages, lo, hi, LATENT_STRIDE, KEY_STRIDE, PAGE)),
+        ],
+        [4, 4],
+        [MIXES, FETCHES],
+    )
 
 
 def fits(q_latent: Tensor, q_rope: Tensor, pool: Tensor) -> bool:

@@ -20,6 +20,7 @@ from ktcompile.backends.triton_language import constexpr, jit, tensor, tl, trito
 from ktcompile.kernel import Prepared
 
 _BLOCK = 1024  # elements a program
+_ALONE = 8192  # elements that one program sends alone: it need not ask whether others are done
 
 
 @jit
@@ -34,16 +35,18 @@ def _send(
     host_ids: tensor,
     host_scores: tensor,
     arrived: tensor,  # [1] int32 on the GPU, 0 between launches
-    flag: tensor,  # [1] int32 in pinned memory
+    start: tensor,  # [1] int32 in pinned memory, raised at the end
+    done: tensor,  # [1] int32 in pinned memory, the CPU's answer to the last launch: taken back
     programs: tensor,
     below: tensor,  # ids smaller than this are written as -1: computed elsewhere
     WIDTH: constexpr,
     TOP_K: constexpr,
     TOP_K_PAD: constexpr,
     BLOCK: constexpr,
+    ALONE: constexpr,
     UPCAST: constexpr,
 ) -> None:
-    """Program (token, block of columns). The last to arrive raises the flag: all that was written is visible then."""
+    """Program (token, block of columns). The last to arrive raises `start`: all that was written is visible then."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -60,10 +63,13 @@ def _send(
         if UPCAST:
             score = score.to(tl.float32)
         tl.store(host_scores + token * TOP_K + k, score.to(host_scores.dtype.element_ty), mask=k < TOP_K)
+        tl.store(done, 0)
     tl.debug_barrier()  # the release below covers what this thread saw: so all threads of the program come first
-    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="sys") == programs - 1:
+    if ALONE:
+        tl.atomic_xchg(start, 1, sem="release", scope="sys")
+    elif tl.atomic_add(arrived, 1, sem="acq_rel", scope="sys") == programs - 1:
         tl.atomic_xchg(arrived, 0, sem="relaxed", scope="gpu")
-        tl.atomic_xchg(flag, 1, sem="release", scope="sys")
+        tl.atomic_xchg(start, 1, sem="release", scope="sys")
 
 
 @jit
@@ -112,7 +118,7 @@ def _unavailable() -> str | None:
     return None
 
 
-def _write(values: Sequence[Tensor], prepared: Prepared, arrived: Tensor, flag: Tensor) -> None:
+def _write(values: Sequence[Tensor], prepared: Prepared, arrived: Tensor, start: Tensor, done: Tensor) -> None:
     x, ids, scores = values
     rows = x.reshape(-1, x.shape[-1])
     tokens, width = rows.shape
@@ -123,11 +129,14 @@ def _write(values: Sequence[Tensor], prepared: Prepared, arrived: Tensor, flag: 
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     ids, scores = (v if v.stride(1) == 1 else v.contiguous() for v in (ids, scores))
-    blocks = -(-width // _BLOCK)
+    alone = tokens == 1 and width <= _ALONE
+    block = max(_BLOCK, 1 << (width - 1).bit_length()) if alone else _BLOCK
+    blocks = -(-width // block)
     _send[(tokens, blocks)](
         rows, rows.stride(0), ids, ids.stride(0), scores, scores.stride(0), host_x, host_ids, host_scores,
-        arrived, flag, tokens * blocks, prepared.elsewhere(tokens), WIDTH=width, TOP_K=ids.shape[1],
-        TOP_K_PAD=max(2, 1 << (ids.shape[1] - 1).bit_length()), BLOCK=_BLOCK, UPCAST=interpreted(),
+        arrived, start, done, tokens * blocks, prepared.elsewhere(tokens), WIDTH=width, TOP_K=ids.shape[1],
+        TOP_K_PAD=max(2, 1 << (ids.shape[1] - 1).bit_length()), BLOCK=block, ALONE=alone, UPCAST=interpreted(),
+        num_warps=block // 512 if alone else 4,
     )  # fmt: skip
 
 
@@ -155,17 +164,15 @@ class Flags:
 
     def submit(self, *values: Tensor) -> None:
         """Enqueue: the CPU gets `values` and starts."""
-        _write(values, self.prepared, self._arrived, self.start)
+        _write(values, self.prepared, self._arrived, self.start, self.done)
 
     def wait(self, like: Tensor) -> Tensor:
         """Enqueue: wait for the CPU, then its result as a new tensor of the shape and type of `like`."""
         if like.device.type == "cuda":
             _stream_value("cuStreamWaitValue32_v2", self.done, 1, _WAIT_EQUAL)
-            _stream_value("cuStreamWriteValue32_v2", self.done, 0, 0)
         else:  # a GPU that is the CPU, in tests
             while not self.done.item():
                 time.sleep(0)
-            self.done.zero_()
         return _read(self.prepared, like)
 
 

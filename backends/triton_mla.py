@@ -345,12 +345,14 @@ def _merge(
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, SPLITS_PAD).to(tl.int64) * rows + row
-    score = tl.load(lse + at, mask=tl.arange(0, SPLITS_PAD) < SPLITS, other=float("-inf"))
+    inside = tl.arange(0, SPLITS_PAD) < SPLITS
+    score = tl.load(lse + at, mask=inside, other=float("-inf"))
+    x = tl.load(partial + at[:, None] * LORA + d[None, :], mask=inside[:, None] & (d < LORA)[None, :], other=0.0)
     top = tl.max(score, 0)
     weight = tl.exp2(score - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weight, 0)
     weight = weight / tl.where(total > 0, total, 1.0)
-    x = tl.load(partial + at[:, None] * LORA + d[None, :], mask=(weight > 0)[:, None] & (d < LORA)[None, :], other=0.0)
+    x = tl.where((weight > 0)[:, None], x, 0.0)  # of a part that has seen nothing, nothing was written
     tl.store(out + row * LORA + d, tl.sum(x * weight[:, None], 0).to(out.dtype.element_ty), mask=d < LORA)
 
 
@@ -366,7 +368,7 @@ class Tiles:
     splits: int  # parts of the context; at least 1
     warps: int
     stages: int  # of the software pipeline over the cache: shared memory holds `stages` blocks of keys
-    gluon: bool = False  # the kernel of `gluon_mla`, which takes 64 rows, 64 keys and 8 warps
+    gluon: bool = False  # the kernel of `gluon_mla`, which takes 64 rows, 64 keys and `gluon_mla.WARPS`
 
 
 @dataclass(frozen=True)
@@ -405,7 +407,8 @@ def choose_tiles(
     blocks = max(1, min(tokens * heads // rows + requests, tokens * -(-heads // rows)))
     # One wave of programs, each with at least two steps; a power of two, so that few variants are compiled.
     splits = max(1, min(processors.count // blocks, max_context // (2 * keys), 128))
-    return Tiles(rows, keys, 1 << (splits.bit_length() - 1), 4 if rows == 16 else 8, stages, gluon)
+    warps = gluon_mla.WARPS if gluon else 4 if rows == 16 else 8
+    return Tiles(rows, keys, 1 << (splits.bit_length() - 1), warps, stages, gluon)
 
 
 def latent_append(pool: Tensor, page_table: Tensor, seq_len: Tensor, query_start: Tensor, rows: Tensor) -> None:

@@ -68,8 +68,6 @@ def main() -> int:
             print(json.dumps({"way": way.__name__, "missing": why}), flush=True)
             continue
         made = [prepare(pool, experts, args.hidden) for _ in range(args.layers)]
-        for each in made:
-            each._call.n_tokens = 0
         ways = [way(m, device) for m in made]
         pool.rest(False)
 
@@ -87,6 +85,8 @@ def main() -> int:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             layers()
+        for each in made:
+            each.resize(0)  # what enqueued them said one
         graph.replay()
         median, spread = seconds(graph.replay)
         pool.rest(True)

@@ -141,17 +141,24 @@ def _moved(tops: tensor, before: tensor) -> tensor:
 
 
 @gluon_jit
-def _scores(buffers: tensor, full: tensor, turn: tensor, tiles: tensor, zero: tensor, GROUP: constexpr) -> tensor:
-    """Of a block of this group, [ROWS, KEYS]. A loop over tiles of 64 columns, whose number is no constant: the
-    addresses of all of them are more than registers hold.
-    """
+def _opaque_zero(x: tensor) -> tensor:
+    """0, but the compiler does not know: addresses with it are computed where they are used, not kept in registers."""
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon_jit
+def _scores(buffers: tensor, full: tensor, turn: tensor, zero: tensor, GROUP: constexpr) -> tensor:
+    """Begins those of a block of this group, [ROWS, KEYS], in `TILES` + 1 products of 64 columns each."""
     q, q_rope, latent, key, _, _ = buffers
+    TILES: constexpr = q.shape[0]
     mbarrier.wait(full.index(GROUP), turn & 1)
     _fence()
     scores = _mma(q_rope, key.index(GROUP).permute((1, 0)), zero, use_acc=False, is_async=True)
-    for t in range(tiles):
-        scores = _mma(q.index(t), latent.index(GROUP * tiles + t).permute((1, 0)), scores, is_async=True)
-    return _mma_wait(0, deps=[scores])
+    at = _opaque_zero(turn)
+    for t in gl.static_range(TILES):
+        tile = latent.index(GROUP * TILES + t + at).permute((1, 0))
+        scores = _mma(q.index(t + at), tile, scores, is_async=True)
+    return scores
 
 
 @gluon_jit
@@ -204,9 +211,9 @@ def _own(
 def _other(
     mixed: tensor, top: tensor, total: tensor, turn: tensor, buffers: tensor, barriers: tensor, GROUP: constexpr
 ) -> tensor:
-    """This group's half of a block of the other one."""
+    """Begins to mix this group's half of a block of the other one."""
     _, _, latent, key, tops, _ = buffers
-    _, empty, known, ready = barriers
+    _, _, known, ready = barriers
     OTHER: constexpr = 1 - GROUP
     mbarrier.wait(known.index(OTHER), turn & 1)
     new_top = tops.index(OTHER).load(top.type.layout)
@@ -215,10 +222,7 @@ def _other(
         mixed = mixed * gl.convert_layout(fade, gl.SliceLayout(1, mixed.type.layout))[:, None]
     mbarrier.wait(ready.index(OTHER), turn & 1)
     product = _mma(key.index(OTHER), _half(latent, OTHER, GROUP), mixed, is_async=True)
-    mixed = _mma_wait(0, deps=[product])
-    _barrier()
-    mbarrier.arrive(empty.index(OTHER))
-    return mixed, new_top, total * fade
+    return product, new_top, total * fade
 
 
 @gluon_jit
@@ -245,7 +249,7 @@ def _mix(
     SPLITS: constexpr,
 ) -> None:
     """One of two groups of four warps: the weights of every other block, and half the columns of the result."""
-    lo, hi, first, count, start, stored, scale_log2, tiles = numbers
+    lo, hi, first, count, start, stored, scale_log2 = numbers
     out, partial, lse, tokens, split = result
     HALF: constexpr = LORA // 2
     of_scores: constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -257,20 +261,26 @@ def _mix(
     total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, of_scores))
     mixed = gl.full([ROWS, HALF], 0.0, gl.float32, of_mixed)
     zero = gl.full([ROWS, KEYS], 0.0, gl.float32, of_scores)
-    full, _, _, _ = barriers
+    full, empty, _, _ = barriers
+    TILES: constexpr = LORA // 64
     blocks = gl.cdiv(hi - lo, KEYS)
     mbarrier.wait(asked, 0)
     if (GROUP == 0) & (blocks > 0):
-        scores = _scores(buffers, full, 0, tiles, zero, GROUP)
+        scores = _mma_wait(0, deps=[_scores(buffers, full, lo - lo, zero, GROUP)])
         mixed, top, total = _own(mixed, top, total, scores, limit, least, scale_log2, buffers, barriers, GROUP)
     for i in range(2 - GROUP, blocks, 2):
-        mixed, top, total = _other(mixed, top, total, (i - 1) // 2, buffers, barriers, GROUP)
-        scores = _scores(buffers, full, i // 2, tiles, zero, GROUP)
+        product, top, total = _other(mixed, top, total, (i - 1) // 2, buffers, barriers, GROUP)
+        asked_scores = _scores(buffers, full, i // 2, zero, GROUP)
+        mixed = _mma_wait(TILES + 1, deps=[product])
+        _barrier()
+        mbarrier.arrive(empty.index(1 - GROUP))
+        scores = _mma_wait(0, deps=[asked_scores])
         mixed, top, total = _own(
             mixed, top, total, scores, limit - i * KEYS, least - i * KEYS, scale_log2, buffers, barriers, GROUP
         )
     if (blocks > 0) & (blocks % 2 == GROUP):  # the last one is the other group's
-        mixed, top, total = _other(mixed, top, total, (blocks - 1) // 2, buffers, barriers, GROUP)
+        product, top, total = _other(mixed, top, total, (blocks - 1) // 2, buffers, barriers, GROUP)
+        mixed = _mma_wait(0, deps=[product])
 
     _, _, _, _, _, totals = buffers
     totals.index(GROUP).store(total)
@@ -393,10 +403,9 @@ def attend(
     totals = gl.allocate_shared_memory(gl.float32, [2, ROWS], flat_shared)
 
     pages = page_table + request * table_stride
-    tiles = LORA // 64 * (hi > lo).to(gl.int32)
     buffers = (q, qr, latent, key, tops, totals)
     barriers = (full, empty, known, ready)
-    numbers = (lo, hi, first, count, start, stored, scale_log2, tiles)
+    numbers = (lo, hi, first, count, start, stored, scale_log2)
     result = (out, partial, lse, tokens, split)
     gl.warp_specialize(
         [

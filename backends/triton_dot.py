@@ -352,19 +352,25 @@ def tensor_cores(device: int) -> str | None:
     return None
 
 
-def dot(x: Vector, p: Planes, bias: Tensor | None = None, tiles: DotTiles | None = None) -> Tensor:
-    """`[tokens, rows]` in the type of x. Not for FP8, which has no integers; up to `most_tokens`, else it takes long.
+def dot(
+    x: Vector,
+    p: Planes,
+    bias: Tensor | None = None,
+    tiles: DotTiles | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`[tokens, rows]` in type `dtype`, else that of x. Not for FP8, which has no integers.
 
-    With `tiles` the kernel here runs, not `gluon_dot`.
+    Up to `most_tokens`, else it takes long. With `tiles` the kernel here runs, not `gluon_dot`.
     """
     f, low = p.format, p.tensors["low"]
     if low.numel() >= 1 << 33:  # offsets are int32, in words
         raise ValueError(f"a matrix of {low.numel()} bytes; dot takes less than 8 GiB")
-    processors = processors_of(low.get_device())
+    processors, dtype = processors_of(low.get_device()), dtype or x.x.dtype
     if tiles is None and gluon_dot.fits(p) and tensor_cores(low.get_device()) is None:
-        return gluon_dot.dot(x.integers, p, x.x.dtype, processors, bias)
+        return gluon_dot.dot(x.integers, p, dtype, processors, bias)
     words, tokens = x.words, x.x.shape[0]
-    out = torch.empty(tokens, p.rows, dtype=x.x.dtype, device=low.device)
+    out = torch.empty(tokens, p.rows, dtype=dtype, device=low.device)
     t = tiles or (INTERPRETED if interpreted() else dot_tiles(p.rows, p.cols, processors.count))
     grid = (tokens, -(-p.rows // (t.rows * t.warp_rows)))
     with torch.cuda.device(out.get_device()):

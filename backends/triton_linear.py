@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target, value_of
 from ktcompile.backends import gluon_dot, native
@@ -24,6 +23,8 @@ from ktcompile.backends.reference import plain_cost
 from ktcompile.backends.triton_dot import Vector, dot, most_tokens
 from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
 from ktcompile.backends.triton_mla import _power_of_two, interpreted, processors_of, unavailable
+from ktcompile.ops.plain import LinearShape
+from ktcompile.ops.plain import linear as plain_linear
 from ktcompile.symbols import Sizes, nbytes
 from ktcompile.weights import Part, WeightSource, values
 
@@ -459,9 +460,11 @@ def vector_tiles(rows: int, cols: int, count: int) -> VectorTiles:
     return VectorTiles(1, 2 if rows >= count * 32 else 1, 32)
 
 
-def _vector(x: Tensor, p: Planes, bias: Tensor | None, tiles: VectorTiles | None = None) -> Tensor:
+def _vector(
+    x: Tensor, p: Planes, bias: Tensor | None, tiles: VectorTiles | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """One token, `x [1, cols]`."""
-    out = torch.empty(1, p.rows, dtype=x.dtype, device=x.device)
+    out = torch.empty(1, p.rows, dtype=dtype or x.dtype, device=x.device)
     t = tiles or vector_tiles(p.rows, p.cols, processors_of(x.get_device()).count)
     grid = (-(-p.rows // (t.rows * t.warp_rows)),)
     with torch.cuda.device(x.get_device()):
@@ -472,13 +475,13 @@ def _vector(x: Tensor, p: Planes, bias: Tensor | None, tiles: VectorTiles | None
     return out
 
 
-def _few(x: Tensor, p: Planes, bias: Tensor | None) -> Tensor:
+def _few(x: Tensor, p: Planes, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """2 to GEMM_TOKENS tokens, `x [tokens, cols]` with neighbouring columns, of 16 bits."""
     tokens, rows, units = x.shape[0], 64, 8
     blocks, steps = -(-p.rows // rows), -(-p.cols // (UNIT * units))
     splits = min(16, steps, max(1, 4 * processors_of(x.get_device()).count // blocks))  # four programs a processor
     splits = 1 << splits.bit_length() - 1  # few variants to compile
-    out = torch.empty(tokens, p.rows, dtype=x.dtype, device=x.device)
+    out = torch.empty(tokens, p.rows, dtype=dtype, device=x.device)
     partial = out if splits == 1 else torch.empty(splits, tokens, p.rows, device=x.device)
     with torch.cuda.device(x.get_device()):
         _gemm[(blocks, splits)](
@@ -499,8 +502,10 @@ def shared(x: Tensor) -> Tensor | Vector:
     return Vector(flat if flat.stride(1) == 1 else flat.contiguous())
 
 
-def linear(x: Tensor | Vector, weight: Planes | Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x [..., K]` times a weight `[N, K]` in planes, plus `bias [N]`: `[..., N]` in the type of x.
+def linear(
+    x: Tensor | Vector, weight: Planes | Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`x [..., K]` times a weight `[N, K]` in planes, plus `bias [N]`: `[..., N]` in type `dtype`, else that of x.
 
     Sums are in float32, of few tokens of 16 bits in integers (`triton_dot`); of more the weights are rounded to the
     type of x. A plain weight is torch's. `x`: also what `shared` made of it; the result is then `[tokens, N]`.
@@ -509,8 +514,9 @@ def linear(x: Tensor | Vector, weight: Planes | Tensor, bias: Tensor | None = No
     words = None
     if isinstance(x, Vector):
         words, x = x, x.x
+    dtype = dtype or x.dtype
     if isinstance(weight, Tensor):
-        return functional.linear(x, weight, bias)
+        return plain_linear(x, weight, bias, dtype)
     _check(weight, x)
     if bias is not None and (bias.shape != (weight.rows,) or not bias.is_contiguous()):
         raise ValueError(f"bias must be contiguous [{weight.rows}], not {list(bias.shape)}")
@@ -518,16 +524,17 @@ def linear(x: Tensor | Vector, weight: Planes | Tensor, bias: Tensor | None = No
     tokens = flat.shape[0]
     shape = (*x.shape[:-1], weight.rows)
     if tokens == 0 or weight.rows == 0:
-        return x.new_empty(shape)
+        return x.new_empty(shape, dtype=dtype)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     if x.itemsize == 2 and tokens <= most_tokens(weight, x.get_device()):
-        return dot(words or Vector(flat), weight, bias).view(shape)
+        return dot(words or Vector(flat), weight, bias, dtype=dtype).view(shape)
     if tokens == 1:
-        return _vector(flat, weight, bias).view(shape)
+        return _vector(flat, weight, bias, dtype=dtype).view(shape)
     if tokens <= GEMM_TOKENS and x.itemsize == 2:  # float32 has no tensor cores of its own
-        return _few(flat, weight, bias).view(shape)
-    return functional.linear(flat, dequantize(weight, x.dtype), None if bias is None else bias.to(x.dtype)).view(shape)
+        return _few(flat, weight, bias, dtype).view(shape)
+    made = None if bias is None else bias.to(dtype)
+    return plain_linear(flat, dequantize(weight, x.dtype), made, dtype).view(shape)
 
 
 def gated(
@@ -674,6 +681,7 @@ class TritonLinear(Kernel):
         x = value_of(region.inputs[0])
         size = int(x.element_size())
         tokens = nbytes(x, sizes) // (int(x.shape[-1]) * size)
+        size = max(size, int(value_of(region.node).element_size()))
         inside = tokens * size * max(int(value_of(w).shape[-1]) for w in region.weights.values())  # the gated halves
         return products_bytes(region, tokens, size) + inside
 
@@ -685,7 +693,9 @@ class TritonLinear(Kernel):
 
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Tensor:
         (x,) = inputs
-        return linear(x, weight_of(packed, "weight"), packed.tensors.get("bias"))
+        shape: LinearShape | None = region.shape
+        dtype = x.dtype if shape is None else shape.dtype
+        return linear(x, weight_of(packed, "weight"), packed.tensors.get("bias"), dtype)
 
 
 class TritonMLP(TritonLinear):

@@ -16,6 +16,7 @@ from ktcompile import Call, Cost, Kernel, Packed, Parts, Region, Target
 from ktcompile.backends.reference import Reference
 from ktcompile.backends.triton_language import constexpr, jit, tensor, tl
 from ktcompile.backends.triton_mla import interpreted, unavailable
+from ktcompile.ops.plain import norm_type, sum_type
 
 
 @jit
@@ -54,21 +55,29 @@ MAX_WIDTH = 1 << 16
 """Values a row: a program holds it all in registers."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, late: bool = False) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, late: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
     """RMSNorm of `x [..., H]`, `weight [H]`: as `ktrans::rms_norm`, in one launch. H is at most MAX_WIDTH.
 
     Rows may be strided; `x` is copied only if they cannot be seen as `[rows, H]` with neighbouring values.
     """
-    return _normed(x, None, weight, eps, offset, late)[1]
+    return _normed(x, None, weight, eps, offset, late, dtype)[1]
 
 
 def add_rms_norm(
-    x: Tensor, r: Tensor, weight: Tensor, eps: float, offset: float = 0.0, late: bool = False
+    x: Tensor,
+    r: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    late: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`x + r`, both `[..., H]` of one type, and its RMSNorm: `ktrans::add_rms_norm` in one launch. Else as above."""
-    if (x.shape, x.dtype) != (r.shape, r.dtype):
-        raise ValueError(f"x is {x.dtype} {list(x.shape)} and r {r.dtype} {list(r.shape)}: both must be one")
-    return _normed(x, r, weight, eps, offset, late)
+    """`x + r`, both `[..., H]`, and its RMSNorm: `ktrans::add_rms_norm` in one launch. Else as above."""
+    if x.shape != r.shape:
+        raise ValueError(f"x is {list(x.shape)} and r {list(r.shape)}: both must be one")
+    return _normed(x, r, weight, eps, offset, late, dtype)
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
@@ -78,17 +87,16 @@ def _rows(x: Tensor, width: int) -> Tensor:
 
 
 def _normed(
-    x: Tensor, r: Tensor | None, weight: Tensor, eps: float, offset: float, late: bool
+    x: Tensor, r: Tensor | None, weight: Tensor, eps: float, offset: float, late: bool, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """The sum, which is x where there is no r, and its norm."""
     width = weight.shape[0]
     if width > MAX_WIDTH or x.numel() % max(1, width) or not weight.is_contiguous():
         raise ValueError(f"weight must be contiguous [H], H up to {MAX_WIDTH}, not {list(weight.shape)}")
     rows = _rows(x, width)
-    total = x if r is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = x if r is None else torch.empty(x.shape, dtype=sum_type(x.dtype, r.dtype, dtype), device=x.device)
     added = rows if r is None else _rows(r, width)
-    dtype = x.dtype if late else torch.promote_types(x.dtype, weight.dtype)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=norm_type(total.dtype, weight.dtype, late, dtype), device=x.device)
     if out.numel() == 0:
         return total, out
     padded = 1 << (width - 1).bit_length()
@@ -130,7 +138,7 @@ class TritonNorm(Kernel):
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> Any:
         (x,) = inputs
         shape = region.shape
-        return rms_norm(x, packed.tensors["weight"], shape.eps, shape.offset, shape.late)
+        return rms_norm(x, packed.tensors["weight"], shape.eps, shape.offset, shape.late, shape.dtype)
 
 
 class TritonAddNorm(TritonNorm):
@@ -142,7 +150,7 @@ class TritonAddNorm(TritonNorm):
     def __call__(self, packed: Packed, region: Call, *inputs: Any) -> tuple[Tensor, Tensor]:
         x, r = inputs
         shape = region.shape
-        return add_rms_norm(x, r, packed.tensors["weight"], shape.eps, shape.offset, shape.late)
+        return add_rms_norm(x, r, packed.tensors["weight"], shape.eps, shape.offset, shape.late, shape.dtype)
 
 
 __all__ = ["MAX_WIDTH", "TritonAddNorm", "TritonNorm", "add_rms_norm", "interpreted", "rms_norm"]

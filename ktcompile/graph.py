@@ -310,6 +310,11 @@ class Region:
         if binding is not None:
             self.node.meta["binding"] = binding
 
+    def take_body(self, other: "Region") -> None:
+        """Run the code of a region that means the same, on inputs and weights in the same order: they share it."""
+        self.node.target = other.node.target
+        self.node.meta.update(binding=other.binding, defined=bool(other.node.meta.get("defined")))
+
 
 def suggest(glob: str, found: Iterable[Region]) -> str:
     """For a glob that matches none of these regions: the closest that would match one."""
@@ -376,6 +381,12 @@ def remove(region: Region) -> None:
     region.node.graph.erase_node(region.node)
 
 
+def read_instead(region: Region, other: Region) -> None:
+    """Let the readers of a region read another one before it, and remove it."""
+    region.node.replace_all_uses_with(other.node)
+    remove(region)
+
+
 def add_results(first: Region, second: Region, path: str) -> Region:
     """A region, before the first reader of `first`, whose sum of both all of these read instead."""
     graph, users = first.node.graph, list(first.node.users)
@@ -419,7 +430,8 @@ def join(first: Region, second: Region, op: str, binding: Any) -> Region:
     with graph.inserting_after(first.node):
         node = graph.call_module(name, (*first.inputs, *weights.values()))
     values = value_of(first.node), value_of(second.node)
-    node.meta = {**second.node.meta, "op": op, "binding": binding, "leaves": tuple(weights), "val": values}
+    meta = {"op": op, "binding": binding, "leaves": tuple(weights), "val": values, "defined": False}
+    node.meta = {**second.node.meta, **meta}
     return Region(node)
 
 

@@ -154,7 +154,7 @@ def _step(
     keep: Tensor,
     kinds: Mapping[str, int | None],
 ) -> Tensor:
-    """What is captured: ragged ids `[1, T]`, explicit positions, `keep` the rows whose logits are wanted.
+    """What is captured: ragged ids `[1, T]`, explicit positions, `keep` the rows whose logits are wanted: float32.
 
     `kinds`: the window of each kind of layer.
     """
@@ -167,7 +167,7 @@ def _step(
         use_cache=True,
         logits_to_keep=keep,
     ).logits
-    return logits
+    return logits if logits.dtype == torch.float32 else logits.float()
 
 
 def capture_phase(
@@ -398,7 +398,7 @@ class _Forward:
         return work(self._counting, self._clock)
 
     def step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
-        """Logits `[len(keep), vocabulary]` of rows `keep` of a ragged step: ids and positions `[T]`, counts `[R]`.
+        """Logits `[len(keep), vocabulary]` of rows `keep`, float32; ragged: ids and positions `[T]`, counts `[R]`.
 
         CapacityError where a request outgrows the cache, or the GPU's memory is full: the cache then holds what it held
         before, and the next call may ask for less.

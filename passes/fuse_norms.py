@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule
 
-from ktcompile import Context, OptionError, Pass, Region, regions, value_of
+from ktcompile import Context, OptionError, Pass, Region, regions
 from ktcompile.graph import GLUE, is_region, join, remove, take_over
 from ktcompile.kernel import Kernel, available, refusal
-from ktcompile.ops.terms import Term, terms_of
+from ktcompile.ops.plain import added
 from ktcompile.pipeline import near
 from ktcompile.verify import wrong_binding
 
@@ -48,7 +48,7 @@ def _fuse(
     """Replace both by one region, or say why not."""
     if norm.device != total.device:
         return f"reads a sum made on {total.device}"
-    if not _is_sum(total):
+    if not added(total):
         return f"{total.name} is not a sum of two values"
     fused = join(total, norm, "add_norm", replace(norm.binding, roles={"x": 0, "r": 1}))
     why = refusal(kernel, fused, ctx.target)
@@ -61,12 +61,3 @@ def _fuse(
         return f"{kernel.name}: {why}"
     take_over(fused, total, norm)
     return None
-
-
-def _is_sum(region: Region) -> bool:
-    """Whether it is `x + r`, both of the shape and type of the result, and nothing is written."""
-    nodes = list(region.body.graph.nodes)
-    given, (result,) = [n for n in nodes if n.op == "placeholder"], nodes[-1].all_input_nodes
-    term = terms_of([n for n in nodes if n.op not in ("placeholder", "output")]).get(result)
-    types = {(value_of(n).dtype, str(value_of(n).shape)) for n in (*given, result)}  # as text: no guards on symbols
-    return term == Term("add", tuple(given), value_of(result).dtype) and len(types) == 1 and not region.effects

@@ -256,16 +256,16 @@ _NO_PLAN = Plan("", "decode", 1, 0, "", (), (), 0, ())
 
 
 @cache
-def captured_plain(name: str, phase: Phase = "prefill") -> Plain:
+def captured_plain(name: str, phase: Phase = "prefill", dtype: torch.dtype = torch.float32) -> Plain:
     """Dynamo's graph of a really initialised model, and the inputs that it was called with.
 
     prefill: two requests of 5 and 3 tokens. decode: one more token of each, after that prefill.
     """
-    model = real(name)
-    cache = PagedCache(model.config, requests=2, context=CONTEXT, ragged=True)
+    model = real(name) if dtype == torch.float32 else deepcopy(real(name)).to(dtype)
+    cache = PagedCache(model.config, requests=2, context=CONTEXT, ragged=True, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     if phase == "decode":
-        prefill = captured_plain(name, "prefill")
+        prefill = captured_plain(name, "prefill", dtype)
         for layer, pool in zip(cache.layers, prefill._state(_after(prefill)), strict=True):
             layer.pool.copy_(pool)
         cache.lengths = [5, 3]

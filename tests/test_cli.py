@@ -156,11 +156,12 @@ def test_explain_writes_html_json_and_a_page_a_pass(ktrans, tmp_path):
     assert "http" not in page.read_text()
     assert [p.name for p in sorted(folder.iterdir())] == [
         "00-fold.txt",
-        "01-place.txt",
-        "02-stream-experts.txt",
-        "03-fuse-norms.txt",
-        "04-insert-copies.txt",
-        "05-choose-kernels.txt",
+        "01-widen.txt",
+        "02-place.txt",
+        "03-stream-experts.txt",
+        "04-fuse-norms.txt",
+        "05-insert-copies.txt",
+        "06-choose-kernels.txt",
     ]
     assert str(page) in err
 

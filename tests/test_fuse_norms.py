@@ -96,7 +96,7 @@ def test_what_stays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert notes(ON_GPU, {"*": "cpu"}) == {"triton_add_norm: runs on cuda, the region is on cpu"}
     with pytest.raises(RulesError, match=r"kernel = 'x'|no kernel 'x'"):
         notes(ON_GPU, {"*": "cpu:1"}, FuseNorms("x"))
-    monkeypatch.setattr(module, "_is_sum", lambda region: False)
+    monkeypatch.setattr(module, "added", lambda region: False)
     assert any("is not a sum of two values" in n for n in notes(ON_GPU, {"*": "cpu:1"}))
 
 

@@ -147,13 +147,13 @@ def test_accidents_are_loaded_or_refused(text: str) -> None:
 def test_shipped_rules_survive_a_round_trip(name: str) -> None:
     pipeline = load_rules(name)
     assert parse_rules(pipeline.dump(), "again.yaml") == pipeline
-    assert [p.name for p in pipeline.passes][:2] == ["fold", "place"]
+    assert [p.name for p in pipeline.passes][:3] == ["fold", "widen", "place"]
 
 
 def test_the_example_has_one_of_everything() -> None:
     pipeline = parse_rules(RULES, "my.yaml")
-    names = ["fold", "prune-experts", "place", "stream-experts", "fuse-norms", "insert-copies", "choose-kernels"]
-    assert [p.name for p in pipeline.passes] == names
+    names = ["fold", "prune-experts", "widen", "place", "stream-experts", "fuse-norms", "insert-copies"]
+    assert [p.name for p in pipeline.passes] == [*names, "choose-kernels"]
     assert pipeline.where("place", "rules.*") == "my.yaml:8"
 
 

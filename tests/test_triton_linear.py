@@ -107,6 +107,24 @@ def test_linear(encoding: str, tokens: int) -> None:
 
 
 @HERE
+@pytest.mark.parametrize("encoding", ["q4_k", "fp8_block128"])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17])
+def test_a_result_of_more_bits(encoding: str, tokens: int) -> None:
+    """In float32 what is lost is what was rounded before: weights where they are made of the type of x."""
+    p, w = make(encoding, 131, odd(encoding))
+    x, bias = torch.randn(tokens, p.cols).to(DEVICE, torch.bfloat16), torch.randn(131).to(DEVICE, torch.bfloat16)
+    got = kernels.linear(x, p, bias, torch.float32)
+    assert got.dtype == torch.float32 and got.shape == (tokens, 131)
+    if tokens:
+        decoded = kernels.dequantize(p) if tokens > kernels.GEMM_TOKENS else w
+        close(got, functional.linear(x.double(), decoded.double(), bias.double()), 4e-3)
+        assert not torch.equal(got, got.bfloat16().float())
+    plain = kernels.linear(x, w.bfloat16(), bias, torch.float32)
+    assert plain.dtype == torch.float32
+    torch.testing.assert_close(plain, (x.double() @ w.bfloat16().double().T + bias).float(), rtol=1e-4, atol=1e-4)
+
+
+@HERE
 @pytest.mark.parametrize("encoding", ["q4_k", "q6_k", "fp8_block128"])
 @pytest.mark.parametrize(
     "tiles", [VectorTiles(1, 2, 32), VectorTiles(4, 1, 64), VectorTiles(1, 1, 128), VectorTiles(2, 2, 64)], ids=str

@@ -93,6 +93,28 @@ def test_a_width_of_deepseek_and_other_strides() -> None:
 
 
 @HERE
+@given(
+    rows=st.sampled_from([(0,), (1,), (2, 5)]),
+    width=st.sampled_from([1, 100, 1024]),
+    types=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from((*DTYPES, None))),
+    seed=st.integers(0, 99),
+)
+def test_sums_of_any_types(rows: tuple[int, ...], width: int, types: tuple[Any, ...], seed: int) -> None:
+    """With a type for the result the sum is float32, exactly; else of the type that both have in common."""
+    torch.manual_seed(seed)
+    x, r = (randn(*rows, width, dtype=t) for t in types[:2])
+    weight = randn(width, dtype=torch.bfloat16)
+    got = kernels.add_rms_norm(x, r, weight, 1e-6, 0.5, True, types[2])
+    want = torch.ops.ktrans.add_rms_norm(x, r, weight, 1e-6, 0.5, True, types[2])
+    if types[2] is not None:
+        assert got[0].dtype == torch.float32 and torch.equal(got[0], want[0])
+    for a, b in zip(got, want, strict=True):
+        close(a, b)
+    with pytest.raises(ValueError, match="both must be one"):
+        kernels.add_rms_norm(x, r[..., :-1], weight, 1e-6)
+
+
+@HERE
 def test_types_that_differ_are_promoted() -> None:
     x, weight = randn(2, 32, dtype=torch.bfloat16), randn(32)
     got = kernels.rms_norm(x, weight, 1e-6)

@@ -5,64 +5,125 @@ Of these RMSNorm has a definition, `ktrans::rms_norm`:
     y = x / sqrt(mean(x * x) + eps) * (weight + offset),  the mean over the last axis
 
 and so has the sum before it, `ktrans::add_rms_norm`: x + r, and y of that. The pass fuse-norms makes regions of it.
+A linear has one, `ktrans::linear`, where its result is of another type than x. The pass widen makes these.
 """
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from ktcompile.folding import Site
-from ktcompile.graph import value_of
+from ktcompile.graph import Region, value_of
 from ktcompile.ops.base import Binding, Bound, Op, activation_of, register, roles_of
 from ktcompile.ops.terms import Term, both_ways, terms_of, type_of, uncast
 
 
 @dataclass(frozen=True)
 class NormShape:
-    """Attributes of an RMSNorm. `late`: it is rounded once, after the product with the weight, not before it."""
+    """Attributes of an RMSNorm. `late`: it is rounded once, after the product with the weight, not before it.
+
+    `dtype`: of its result, which is `late`, where a sum before it is float32; None: that of its input.
+    """
 
     eps: float
     offset: float = 0.0
     late: bool = False
+    dtype: torch.dtype | None = None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, late: bool) -> Tensor:
+def norm_type(x: torch.dtype, weight: torch.dtype, late: bool, dtype: torch.dtype | None) -> torch.dtype:
+    """The type of an RMSNorm's result, from those of x and of the weight."""
+    return (dtype or x) if late else torch.promote_types(x, weight)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float, late: bool, dtype: torch.dtype | None = None
+) -> Tensor:
     """The definition. `x [..., H]`, `weight [H]`; computed in float32.
 
-    The result is of the type of `x` where `late`, else of its product with the weight. Source: `LlamaRMSNorm` in
-    transformers; with `late`, `GptOssRMSNorm`; with an `offset` of 1 too, `GemmaRMSNorm`.
+    The result is of the type of `x`, or `dtype`, where `late`, else of the product of x with the weight. Source:
+    `LlamaRMSNorm` in transformers; with `late`, `GptOssRMSNorm`; with an `offset` of 1 too, `GemmaRMSNorm`.
     """
     v = x.float()
     v = v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps)
     if late:
-        return (v * (weight.float() + offset)).to(x.dtype)
+        return (v * (weight.float() + offset)).to(dtype or x.dtype)
     return (weight + offset) * v.to(x.dtype)
 
 
 register(
-    "rms_norm(Tensor x, Tensor weight, float eps, float offset, bool late) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, float eps, float offset, bool late, ScalarType? dtype=None) -> Tensor",
     rms_norm,
-    lambda x, weight, eps, offset, late: torch.empty_like(
-        x, dtype=x.dtype if late else torch.promote_types(x.dtype, weight.dtype)
+    lambda x, weight, eps, offset, late, dtype=None: torch.empty_like(
+        x, dtype=norm_type(x.dtype, weight.dtype, late, dtype)
     ),
 )
 
 
-def add_rms_norm(x: Tensor, r: Tensor, weight: Tensor, eps: float, offset: float, late: bool) -> tuple[Tensor, Tensor]:
-    """The definition: `x + r`, both `[..., H]` of one type, and `rms_norm` of it."""
-    total = x + r
-    return total, rms_norm(total, weight, eps, offset, late)
+def add_rms_norm(
+    x: Tensor, r: Tensor, weight: Tensor, eps: float, offset: float, late: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition: `x + r`, both `[..., H]`, and `rms_norm` of it. With a `dtype` the sum is float32."""
+    total = x + r if dtype is None else x.float() + r.float()
+    return total, rms_norm(total, weight, eps, offset, late, dtype)
+
+
+def sum_type(x: torch.dtype, r: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """The type of the sum of `add_rms_norm`."""
+    return torch.promote_types(x, r) if dtype is None else torch.float32
+
+
+def _add_rms_norm_types(
+    x: Tensor, r: Tensor, weight: Tensor, eps: float, offset: float, late: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    total = sum_type(x.dtype, r.dtype, dtype)
+    made = torch.empty_like(x, dtype=total)
+    return made, torch.empty_like(x, dtype=norm_type(total, weight.dtype, late, dtype))
 
 
 register(
-    "add_rms_norm(Tensor x, Tensor r, Tensor weight, float eps, float offset, bool late) -> (Tensor, Tensor)",
+    "add_rms_norm(Tensor x, Tensor r, Tensor weight, float eps, float offset, bool late, ScalarType? dtype=None) "
+    "-> (Tensor, Tensor)",
     add_rms_norm,
-    lambda x, r, weight, eps, offset, late: (
-        torch.empty_like(x),
-        torch.empty_like(x, dtype=x.dtype if late else torch.promote_types(x.dtype, weight.dtype)),
-    ),
+    _add_rms_norm_types,
+)
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Attributes of a linear whose result is of another type than x: `dtype`."""
+
+    dtype: torch.dtype
+
+
+_BLOCK = 1 << 20  # values of a weight that are float32 at a time: they stay in a cache
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The definition: `x [..., K] @ weight [N, K].T + bias [N]`, summed in float32 and rounded once, to `dtype`."""
+    if dtype == x.dtype:
+        return functional.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda and dtype == torch.float32 and x.dtype == weight.dtype:
+        out = torch.mm(rows, weight.T, out_dtype=dtype)
+    else:  # torch has no such product on a CPU
+        wide, step = rows.float(), max(1, _BLOCK // max(1, weight.shape[1]))
+        out = torch.empty(rows.shape[0], weight.shape[0], device=x.device)
+        for at in range(0, weight.shape[0], step):
+            out[:, at : at + step] = wide @ weight[at : at + step].float().T
+    if bias is not None:
+        out += bias
+    return out.to(dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+register(
+    "linear(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor",
+    linear,
+    lambda x, weight, bias, dtype: x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype),
 )
 
 
@@ -148,14 +209,52 @@ def _defined(binding: Binding, tensors: tuple[str, ...], op: Any) -> fx.Graph | 
         return None
     graph = fx.Graph()
     given = [graph.placeholder(name) for name in tensors]
-    graph.output(graph.call_function(op, (*given, shape.eps, shape.offset, shape.late)))
+    graph.output(graph.call_function(op, (*given, shape.eps, shape.offset, shape.late, shape.dtype)))
     return graph
+
+
+def added(region: Region) -> bool:
+    """Whether glue is `x + r`, both of the shape of the result and of its type, or its sum in float32."""
+    nodes = list(region.body.graph.nodes)
+    given, (result,) = [n for n in nodes if n.op == "placeholder"], nodes[-1].all_input_nodes
+    term = terms_of([n for n in nodes if n.op not in ("placeholder", "output")]).get(result)
+    values = [value_of(n) for n in (*given, result)]
+    if region.effects or len(given) != 2 or len({str(v.shape) for v in values}) != 1:  # as text: no guards on symbols
+        return False
+    dtype = values[-1].dtype
+    if {v.dtype for v in values} == {dtype}:
+        return bool(term == Term("add", tuple(given), dtype))
+    return dtype == torch.float32 and bool(term == Term("add", tuple(Term("to", (n,), dtype) for n in given), dtype))
+
+
+def widen_sum(region: Region) -> None:
+    """Let glue that is `x + r` make float32 of both, and add these."""
+    graph = fx.Graph()
+    given = [graph.placeholder(name) for name in ("x0", "x1")]
+    wide = [graph.call_method("float", (n,)) for n in given]
+    total = graph.call_function(operator.add, (wide[0], wide[1]))
+    for node, made, source in zip(given, wide, region.inputs, strict=True):
+        node.meta["val"], made.meta["val"] = value_of(source), value_of(source).float()
+    total.meta["val"] = wide[0].meta["val"]
+    graph.output(total)
+    region.replace_body(fx.GraphModule(torch.nn.Module(), graph))
 
 
 def _bind_linear(site: Site) -> Bound | None:
     if not (site.cls == "Linear" and set(site.weights) <= {"weight", "bias"} and _one_to_one(site)):
         return None
     return Bound("linear", Binding(roles_of(site, x=site.tensors[0])))
+
+
+def _define_linear(binding: Binding, leaves: tuple[str, ...]) -> fx.Graph | None:
+    shape: LinearShape | None = binding.shape
+    if shape is None:
+        return None
+    graph = fx.Graph()
+    given = {name: graph.placeholder(name) for name in ("x", *leaves)}
+    args = given["x"], given["weight"], given.get("bias"), shape.dtype
+    graph.output(graph.call_function(torch.ops.ktrans.linear.default, args))
+    return graph
 
 
 def _bind_mlp(site: Site) -> Bound | None:
@@ -183,7 +282,7 @@ OPS = (
         lambda binding: replace(binding, shape=None),
     ),
     Op("add_norm", lambda site: None, "x + r, and the RMSNorm of it", ("x", "r"), _define_add_norm),
-    Op("linear", _bind_linear, "x @ weight.T + bias", ("x",)),
+    Op("linear", _bind_linear, "x @ weight.T + bias", ("x",), _define_linear),
     Op("mlp", _bind_mlp, "down(act(gate x) * up x)", ("x",)),
     Op("attention", _bind_attention, "any other attention block, as captured"),
 )

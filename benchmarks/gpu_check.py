@@ -45,39 +45,60 @@ def forced(model, ids: list[int]) -> torch.Tensor:
 
 
 HELD_OUT = Path(__file__).parent.parent / "tests" / "data" / "heldout.txt"
-WINDOW, WINDOWS = 512, 6
+WINDOW, WINDOWS = 512, 22  # all of it: of 3072 tokens the share of equal ones is known to 0.2 %, of these to 0.1 %
 MOST_ERROR = 1e-2  # of |got - want| / |want|, the median row
-OF_BF16, LESS_SAME = 1.25, 0.005  # as many times the error of bf16 on the CPU, as many fewer tokens of equal argmax
+LEAST_SAME = 0.99  # tokens of equal argmax
+OF_BF16 = 1.25  # as many times the error of bf16 on the CPU
 
 
 def held_out(cpu, gpu, checkpoint) -> dict[str, object]:
-    """Logits of held-out text: error of all, the median error of a row, how often the most likely token is the same."""
+    """Logits of held-out text: error of all, the median error of a row, how often the most likely token is the same.
+
+    `gap_moved`: by how much the distance of the CPU's two most likely tokens is another, the median and of one in 100.
+    """
     ids = checkpoint.tokenizer(HELD_OUT.read_text(), add_special_tokens=False)["input_ids"]
-    off, size, rows, same = 0.0, 0.0, [], []
+    off, size, rows, same, moved = 0.0, 0.0, [], [], []
     for at in range(0, WINDOW * WINDOWS, WINDOW):
         a, b = (model(torch.tensor([ids[at : at + WINDOW]])).logits[0].float().cpu() for model in (cpu, gpu))
         off, size = off + float((a - b).square().sum()), size + float(a.square().sum())
         rows.append((a - b).norm(dim=-1) / a.norm(dim=-1))
         same.append(a.argmax(-1) == b.argmax(-1))
-    rows, same = torch.cat(rows), torch.cat(same)
+        two = a.topk(2, -1).indices
+        moved.append((a - b).gather(1, two).diff(dim=-1).abs()[:, 0])
+    rows, same, moved = torch.cat(rows), torch.cat(same), torch.cat(moved)
     return {
         "tokens": len(rows),
         "error": round((off / size) ** 0.5, 5),
         "median_error": round(float(rows.median()), 5),
         "error_90": round(float(rows.quantile(0.9)), 5),
         "same_argmax": round(float(same.float().mean()), 5),
+        "gap_moved": [round(float(moved.quantile(q)), 4) for q in (0.5, 0.99)],
     }
 
 
-def greedy(cpu, gpu, checkpoint, most: int = 200) -> dict[str, object]:
-    """Greedy text of `most` tokens; where it first differs, how far apart the CPU's two most likely tokens are."""
-    prompt = "Once upon a time"
+def greedy(cpu, gpu, checkpoint, moved: float, most: int = 200) -> dict[str, object]:
+    """Greedy text of `most` tokens, and whether rounding explains the first difference.
+
+    `log_probability_gap`: how far apart the two tokens are for the CPU in fp32; `gpu_gap` for the GPU, given the same
+    text in one step. `largest_difference`: of both models' log-probabilities there. Rounding explains a gap below that
+    and no more than `moved`, what it moves such a gap by in one of 100 held-out tokens; the GPU's may be no larger.
+    """
+    prompt, end = "Once upon a time", [checkpoint.tokenizer.eos_token_id]
     (a, text), (b, _) = (answer(m, checkpoint, prompt, most) for m in (cpu, gpu))
+    a, b = a + end, b + end  # where one ends earlier, that is the difference
     first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    found: dict[str, object] = {"tokens": len(a), "equal": a == b, "text": text[:80]}
+    found: dict[str, object] = {"tokens": len(a) - 1, "equal": a == b, "text": text[:80]}
     if first is not None:
-        best = forced(cpu, a[:first])[-1].topk(2).values
-        found |= {"first_difference": first, "log_probability_gap": round(float(best[0] - best[1]), 4)}
+        want, got = (forced(m, a[:first])[-1] for m in (cpu, gpu))
+        gap, gpu_gap = (float(p[a[first]] - p[b[first]]) for p in (want, got))
+        most_off = float((want - got).abs().max())
+        found |= {
+            "first_difference": first,
+            "log_probability_gap": round(gap, 4),
+            "gpu_gap": round(gpu_gap, 4),
+            "largest_difference": round(most_off, 4),
+        }
+    found["explained"] = first is None or (gap <= most_off and max(gap, gpu_gap) <= moved)
     return found
 
 
@@ -180,11 +201,12 @@ def main() -> int:
     rounded = load(checkpoint, target=Target((host,)), dtype="bf16")
     want = report["held_out_cpu_bf16"] = held_out(cpu, rounded, checkpoint)
     found = report["held_out"] = held_out(cpu, gpu, checkpoint)
-    report["greedy"] = greedy(cpu, gpu, checkpoint)
+    report["greedy"] = greedy(cpu, gpu, checkpoint, found["gap_moved"][1])
     report |= {"steps": stepwise(gpu, checkpoint), "sampled": sampled(gpu, checkpoint)}
     good &= report["sampled"]["same"] >= 0.98  # an exponential that is rounded in another way may take another token
     report |= {"graphs": {n: why or "yes" for n, why in gpu.graphs.items()}}
-    good &= found["median_error"] <= MOST_ERROR and found["same_argmax"] >= want["same_argmax"] - LESS_SAME
+    good &= found["median_error"] <= MOST_ERROR and found["same_argmax"] >= LEAST_SAME
+    good &= report["greedy"]["explained"]
     good &= found["error"] <= OF_BF16 * want["error"] and report["steps"]["batch_median_error"] <= MOST_ERROR
     report["paris"] = "Paris" in report["prompts"][0]["gpu"]
     report["ok"] = bool(good and report["paris"])

@@ -16,11 +16,12 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Widen(Pass):
-    """Keep in float32 the sums that only RMSNorms and other such sums read, and a linear that is made float32 anyway.
+    """Keep in float32 the sums that RMSNorms and other such sums read, and a linear that is made float32 anyway.
 
-    A residual sum is rounded once a layer, and each rounding is in all that follows. Its norm still has 16 bits, so
-    kernels read what they did. Logits are float32 where the caller makes them so, as `load` does: of a size of 16 bf16
-    knows every eighth, and ties decide. A caller that takes 16 bits, as `torch.compile` does, gets these.
+    The residual stream is rounded twice a layer, and each rounding is in all that follows. Norms of it still have 16
+    bits, so kernels read what they did, and so has what a layer adds. Logits are float32 where the caller makes them
+    so, as `load` does: of a size of 16 bf16 knows every eighth, and ties decide. A caller that takes 16 bits, as
+    `torch.compile` does, gets these.
     """
 
     name = "widen"
@@ -28,7 +29,7 @@ class Widen(Pass):
 
     def run(self, gm: GraphModule, ctx: Context) -> GraphModule:
         found = list(regions(gm))
-        sums = dict.fromkeys(r.node for r in found if r.op == GLUE and _is_narrow(r.node) and added(r))
+        sums = dict.fromkeys(r.node for r in found if r.op == GLUE and _is_narrow(r.node) and _is_normed(r))
         casts = [r for r in found if r.op == GLUE and _is_cast(r)]
         if not sums and not casts:
             ctx.skip("", "no sum of layers, and no logits, of 16 bits")
@@ -44,6 +45,11 @@ class Widen(Pass):
             if why is not None:
                 ctx.skip(cast, why)
         return gm
+
+
+def _is_normed(region: Region) -> bool:
+    """Whether it is a sum that a norm reads."""
+    return any(is_region(u) and Region(u).op == "norm" for u in region.node.users) and added(region)
 
 
 def _is_narrow(node: fx.Node) -> bool:

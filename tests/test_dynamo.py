@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Any
 
 import pytest
@@ -138,9 +139,17 @@ def test_generate_static() -> None:
 
 
 def test_bf16() -> None:
+    """In the model's own type, and nearer to float32 than Hugging Face's bf16, which rounds in more places.
+
+    Of most tokens, that is: of some either takes another expert.
+    """
     model = tiny.model("deepseek_v3", dtype=torch.bfloat16)
     ids = tiny.ids(2, 16)
-    assert error(compiled(model)(ids).logits, model(ids).logits) <= CHAIN["bf16"]
+    got, own = compiled(model)(ids).logits, model(ids).logits
+    wanted = tiny.model("deepseek_v3", dtype=torch.bfloat16).float()(ids).logits
+    assert got.dtype == own.dtype == torch.bfloat16
+    near, far = (median(map(error, logits.flatten(0, 1), wanted.flatten(0, 1))) for logits in (got, own))
+    assert near <= min(far, CHAIN["bf16"])
     assert set(moe_kernels()) <= C_KERNELS
 
 

@@ -147,6 +147,18 @@ def test_bf16() -> None:
     assert off.abs().mean() < 0.05
 
 
+def test_bf16_takes_the_tokens_of_fp32(gguf: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """At 99 of 100 places: what `benchmarks/gpu_check.py` asks of a GPU, on all of this text."""
+    narrow, same, errors = load(dtype="bf16"), [], []
+    ids = tokenizer((DATA / "heldout.txt").read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    for at in range(0, 3072, 512):
+        want, got = (model(row(ids[at : at + 512])).logits[0] for model in (gguf, narrow))
+        assert want.dtype == got.dtype == torch.float32
+        same.append(want.argmax(-1) == got.argmax(-1))
+        errors.append((got - want).norm(dim=-1) / want.norm(dim=-1))
+    assert torch.cat(same).float().mean() >= 0.99 and torch.cat(errors).median() <= 1e-2
+
+
 # ------------------------------------------------------------------------------------------------ every way to call
 
 

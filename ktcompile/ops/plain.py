@@ -219,23 +219,24 @@ def added(region: Region) -> bool:
     given, (result,) = [n for n in nodes if n.op == "placeholder"], nodes[-1].all_input_nodes
     term = terms_of([n for n in nodes if n.op not in ("placeholder", "output")]).get(result)
     values = [value_of(n) for n in (*given, result)]
-    if region.effects or len(given) != 2 or len({str(v.shape) for v in values}) != 1:  # as text: no guards on symbols
+    if region.effects or len(given) != 2 or not all(isinstance(v, Tensor) for v in values):
+        return False
+    if len({str(v.shape) for v in values}) != 1:  # as text: no guards on symbols
         return False
     dtype = values[-1].dtype
     if {v.dtype for v in values} == {dtype}:
         return bool(term == Term("add", tuple(given), dtype))
-    return dtype == torch.float32 and bool(term == Term("add", tuple(Term("to", (n,), dtype) for n in given), dtype))
+    return dtype == torch.float32 and bool(term == Term("add", (Term("to", (given[0],), dtype), given[1]), dtype))
 
 
 def widen_sum(region: Region) -> None:
-    """Let glue that is `x + r` make float32 of both, and add these."""
+    """Let glue that is `x + r` add in float32: one launch where one of the two is float32, as of the second sum on."""
     graph = fx.Graph()
-    given = [graph.placeholder(name) for name in ("x0", "x1")]
-    wide = [graph.call_method("float", (n,)) for n in given]
-    total = graph.call_function(operator.add, (wide[0], wide[1]))
-    for node, made, source in zip(given, wide, region.inputs, strict=True):
-        node.meta["val"], made.meta["val"] = value_of(source), value_of(source).float()
-    total.meta["val"] = wide[0].meta["val"]
+    x, r = graph.placeholder("x0"), graph.placeholder("x1")
+    wide = graph.call_method("float", (x,))
+    total = graph.call_function(operator.add, (wide, r))
+    x.meta["val"], r.meta["val"] = map(value_of, region.inputs)
+    wide.meta["val"] = total.meta["val"] = value_of(region.inputs[0]).float()
     graph.output(total)
     region.replace_body(fx.GraphModule(torch.nn.Module(), graph))
 

@@ -49,17 +49,18 @@ WINDOW, WINDOWS = 512, 22  # all of it: of 3072 tokens the share of equal ones i
 MOST_ERROR = 1e-2  # of |got - want| / |want|, the median row
 LEAST_SAME = 0.99  # tokens of equal argmax
 OF_BF16 = 1.25  # as many times the error of bf16 on the CPU
+SHORT, SHORTS = 7, 100  # tokens of a step that other kernels take than a long one, and such steps
 
 
-def held_out(cpu, gpu, checkpoint) -> dict[str, object]:
+def held_out(cpu, gpu, checkpoint, window: int = WINDOW, windows: int = WINDOWS) -> dict[str, object]:
     """Logits of held-out text: error of all, the median error of a row, how often the most likely token is the same.
 
     `gap_moved`: by how much the distance of the CPU's two most likely tokens is another, the median and of one in 100.
     """
     ids = checkpoint.tokenizer(HELD_OUT.read_text(), add_special_tokens=False)["input_ids"]
     off, size, rows, same, moved = 0.0, 0.0, [], [], []
-    for at in range(0, WINDOW * WINDOWS, WINDOW):
-        a, b = (model(torch.tensor([ids[at : at + WINDOW]])).logits[0].float().cpu() for model in (cpu, gpu))
+    for at in range(0, window * windows, window):
+        a, b = (model(torch.tensor([ids[at : at + window]])).logits[0].float().cpu() for model in (cpu, gpu))
         off, size = off + float((a - b).square().sum()), size + float(a.square().sum())
         rows.append((a - b).norm(dim=-1) / a.norm(dim=-1))
         same.append(a.argmax(-1) == b.argmax(-1))
@@ -76,12 +77,14 @@ def held_out(cpu, gpu, checkpoint) -> dict[str, object]:
     }
 
 
-def greedy(cpu, gpu, checkpoint, moved: float, most: int = 200) -> dict[str, object]:
+def greedy(cpu, rounded, gpu, checkpoint, moved: float, most: int = 200) -> dict[str, object]:
     """Greedy text of `most` tokens, and whether rounding explains the first difference.
 
-    `log_probability_gap`: how far apart the two tokens are for the CPU in fp32; `gpu_gap` for the GPU, given the same
-    text in one step. `largest_difference`: of both models' log-probabilities there. Rounding explains a gap below that
-    and no more than `moved`, what it moves such a gap by in one of 100 held-out tokens; the GPU's may be no larger.
+    `log_probability_gap`: how far apart the two tokens are for the CPU in fp32; `bf16_gap` for the CPU in bf16,
+    `gpu_gap` for the GPU, given the same text in one step. `largest_difference`: of the CPU's and the GPU's
+    log-probabilities there. Rounding explains a gap below that and no more than `moved`, by how much the CPU's bf16
+    moves such a gap in one of 100 held-out tokens; the GPU's may be no larger. `first_difference` counts from the
+    answer's first token.
     """
     prompt, end = "Once upon a time", [checkpoint.tokenizer.eos_token_id]
     (a, text), (b, _) = (answer(m, checkpoint, prompt, most) for m in (cpu, gpu))
@@ -89,12 +92,14 @@ def greedy(cpu, gpu, checkpoint, moved: float, most: int = 200) -> dict[str, obj
     first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
     found: dict[str, object] = {"tokens": len(a) - 1, "equal": a == b, "text": text[:80]}
     if first is not None:
-        want, got = (forced(m, a[:first])[-1] for m in (cpu, gpu))
-        gap, gpu_gap = (float(p[a[first]] - p[b[first]]) for p in (want, got))
+        want, near, got = (forced(m, a[:first])[-1] for m in (cpu, rounded, gpu))
+        gap, near_gap, gpu_gap = (float(p[a[first]] - p[b[first]]) for p in (want, near, got))
+        prompt_tokens = len(answer(cpu, checkpoint, prompt, 1)[0])
         most_off = float((want - got).abs().max())
         found |= {
-            "first_difference": first,
+            "first_difference": first - prompt_tokens,
             "log_probability_gap": round(gap, 4),
+            "bf16_gap": round(near_gap, 4),
             "gpu_gap": round(gpu_gap, 4),
             "largest_difference": round(most_off, 4),
         }
@@ -201,7 +206,10 @@ def main() -> int:
     rounded = load(checkpoint, target=Target((host,)), dtype="bf16")
     want = report["held_out_cpu_bf16"] = held_out(cpu, rounded, checkpoint)
     found = report["held_out"] = held_out(cpu, gpu, checkpoint)
-    report["greedy"] = greedy(cpu, gpu, checkpoint, found["gap_moved"][1])
+    short = report["held_out_short_cpu_bf16"] = held_out(cpu, rounded, checkpoint, SHORT, SHORTS)
+    few = report["held_out_short"] = held_out(cpu, gpu, checkpoint, SHORT, SHORTS)
+    good &= few["median_error"] <= OF_BF16 * short["median_error"] and few["same_argmax"] >= short["same_argmax"] - 0.01
+    report["greedy"] = greedy(cpu, rounded, gpu, checkpoint, want["gap_moved"][1])
     report |= {"steps": stepwise(gpu, checkpoint), "sampled": sampled(gpu, checkpoint)}
     good &= report["sampled"]["same"] >= 0.98  # an exponential that is rounded in another way may take another token
     report |= {"graphs": {n: why or "yes" for n, why in gpu.graphs.items()}}

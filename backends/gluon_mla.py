@@ -28,7 +28,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ktcompile.backends.triton_language import async_copy, constexpr, gl, gluon_jit, hopper, tensor
+from ktcompile.backends.triton_language import async_copy, constant, constexpr, gl, gluon_jit, hopper, tensor
 from ktcompile.ops.mla import attend_reference
 
 LORA, ROPE = 512, 64
@@ -37,13 +37,13 @@ LORA, ROPE = 512, 64
 ROWS, KEYS, WARPS = 64, 64, 4
 """(query, head) pairs a program, cache rows a block, warps of a launch; eight more come of themselves."""
 
-AHEAD = constexpr and constexpr(2)
+AHEAD = constant(2)
 """Blocks after the one that is copied of which the second-level cache is told."""
 
-SLACK = constexpr and constexpr(8.0)
+SLACK = constant(8.0)
 """A row's maximum exceeds its scale by this at most, in powers of two: a weight is at most 256, exact in any type."""
 
-MIXES, FETCHES = constexpr and constexpr(216), constexpr and constexpr(72)
+MIXES, FETCHES = constant(216), constant(72)
 """Registers of a thread of either kind: there are 256 of one and 128 of the other, and 65536 in all."""
 
 if async_copy is not None:

@@ -45,6 +45,11 @@ def gluon_jit(kernel: Callable[..., Any]) -> Any:
     return kernel if gluon is None else gluon.jit(kernel)
 
 
+def constant(value: float) -> Any:
+    """A number of a file that its kernels read: `tl.constexpr`, or the number as it is."""
+    return value if tl is None else tl.constexpr(value)
+
+
 def constexpr_function(function: Callable[..., Any]) -> Any:
     """`gluon.constexpr_function`, for what a kernel has computed while it is compiled; or the function as it is."""
     return function if gluon is None else gluon.constexpr_function(function)
@@ -52,6 +57,7 @@ def constexpr_function(function: Callable[..., Any]) -> Any:
 
 __all__ = [
     "async_copy",
+    "constant",
     "constexpr",
     "constexpr_function",
     "gl",

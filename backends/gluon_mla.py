@@ -37,9 +37,6 @@ LORA, ROPE = 512, 64
 ROWS, KEYS, WARPS = 64, 64, 4
 """(query, head) pairs a program, cache rows a block, warps of a launch; eight more come of themselves."""
 
-AHEAD = constant(2)
-"""Blocks after the one that is copied of which the second-level cache is told."""
-
 SLACK = constant(8.0)
 """A row's maximum exceeds its scale by this at most, in powers of two: a weight is at most 256, exact in any type."""
 
@@ -72,14 +69,6 @@ def _slots(pages: tensor, position: tensor, hi: tensor, PAGE: constexpr) -> tens
 
 
 @gluon_jit
-def _ask(address: tensor) -> None:
-    """Has the cache lines of these addresses brought to the second-level cache."""
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon_jit
 def _fetch(
     buffers: tensor,
     full: tensor,
@@ -101,14 +90,10 @@ def _fetch(
     halves = _reinterpret(latent, latent.dtype, [4, KEYS, HALF], latent.layout)
     wide: constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     narrow: constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    lines: constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
     d = gl.arange(0, HALF, gl.SliceLayout(0, wide))
     e = gl.arange(0, ROPE, gl.SliceLayout(0, narrow))
-    line = gl.arange(0, HALF // 32, gl.SliceLayout(0, lines)) * 64  # 128 bytes
     position = lo + gl.arange(0, KEYS, gl.SliceLayout(1, wide))
     position_key = lo + gl.arange(0, KEYS, gl.SliceLayout(1, narrow))
-    soon = lo + AHEAD * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, lines))
-    soon_key = lo + AHEAD * KEYS + gl.arange(0, KEYS, gl.BlockedLayout([1], [32], [4], [0]))
     slot = _slots(pages, position, hi, PAGE)
     slot_key = _slots(pages, position_key, hi, PAGE)
     for i in range(gl.cdiv(hi - lo, KEYS)):
@@ -120,9 +105,6 @@ def _fetch(
         _load(halves.index(2 * place + 1), at + HALF)
         _load(key.index(place), at_key)
         async_copy.mbarrier_arrive(full.index(place), increment_count=False)
-        then = _slots(pages, soon + i * KEYS, hi, PAGE).to(gl.int64)
-        _ask(latents + (then * LATENT_STRIDE)[:, None] + line[None, :])
-        _ask(keys + _slots(pages, soon_key + i * KEYS, hi, PAGE).to(gl.int64) * KEY_STRIDE)
         slot = _slots(pages, position + (i + 1) * KEYS, hi, PAGE)
         slot_key = _slots(pages, position_key + (i + 1) * KEYS, hi, PAGE)
 
@@ -141,24 +123,17 @@ def _moved(tops: tensor, before: tensor) -> tensor:
 
 
 @gluon_jit
-def _opaque_zero(x: tensor) -> tensor:
-    """0, but the compiler does not know: addresses with it are computed where they are used, not kept in registers."""
-    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon_jit
-def _scores(buffers: tensor, full: tensor, turn: tensor, zero: tensor, GROUP: constexpr) -> tensor:
-    """Begins those of a block of this group, [ROWS, KEYS], in `TILES` + 1 products of 64 columns each."""
+def _scores(buffers: tensor, full: tensor, turn: tensor, tiles: tensor, zero: tensor, GROUP: constexpr) -> tensor:
+    """Of a block of this group, [ROWS, KEYS]. A loop over tiles of 64 columns, whose number the compiler does not know:
+    unrolled, the addresses of all of them are more than registers hold.
+    """
     q, q_rope, latent, key, _, _ = buffers
-    TILES: constexpr = q.shape[0]
     mbarrier.wait(full.index(GROUP), turn & 1)
     _fence()
     scores = _mma(q_rope, key.index(GROUP).permute((1, 0)), zero, use_acc=False, is_async=True)
-    at = _opaque_zero(turn)
-    for t in gl.static_range(TILES):
-        tile = latent.index(GROUP * TILES + t + at).permute((1, 0))
-        scores = _mma(q.index(t + at), tile, scores, is_async=True)
-    return scores
+    for t in range(tiles):
+        scores = _mma(q.index(t), latent.index(GROUP * tiles + t).permute((1, 0)), scores, is_async=True)
+    return _mma_wait(0, deps=[scores])
 
 
 @gluon_jit
@@ -211,9 +186,9 @@ def _own(
 def _other(
     mixed: tensor, top: tensor, total: tensor, turn: tensor, buffers: tensor, barriers: tensor, GROUP: constexpr
 ) -> tensor:
-    """Begins to mix this group's half of a block of the other one."""
+    """This group's half of a block of the other one."""
     _, _, latent, key, tops, _ = buffers
-    _, _, known, ready = barriers
+    _, empty, known, ready = barriers
     OTHER: constexpr = 1 - GROUP
     mbarrier.wait(known.index(OTHER), turn & 1)
     new_top = tops.index(OTHER).load(top.type.layout)
@@ -222,7 +197,10 @@ def _other(
         mixed = mixed * gl.convert_layout(fade, gl.SliceLayout(1, mixed.type.layout))[:, None]
     mbarrier.wait(ready.index(OTHER), turn & 1)
     product = _mma(key.index(OTHER), _half(latent, OTHER, GROUP), mixed, is_async=True)
-    return product, new_top, total * fade
+    mixed = _mma_wait(0, deps=[product])
+    _barrier()
+    mbarrier.arrive(empty.index(OTHER))
+    return mixed, new_top, total * fade
 
 
 @gluon_jit
@@ -249,7 +227,7 @@ def _mix(
     SPLITS: constexpr,
 ) -> None:
     """One of two groups of four warps: the weights of every other block, and half the columns of the result."""
-    lo, hi, first, count, start, stored, scale_log2 = numbers
+    lo, hi, first, count, start, stored, scale_log2, tiles = numbers
     out, partial, lse, tokens, split = result
     HALF: constexpr = LORA // 2
     of_scores: constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -261,26 +239,20 @@ def _mix(
     total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, of_scores))
     mixed = gl.full([ROWS, HALF], 0.0, gl.float32, of_mixed)
     zero = gl.full([ROWS, KEYS], 0.0, gl.float32, of_scores)
-    full, empty, _, _ = barriers
-    TILES: constexpr = LORA // 64
+    full, _, _, _ = barriers
     blocks = gl.cdiv(hi - lo, KEYS)
     mbarrier.wait(asked, 0)
     if (GROUP == 0) & (blocks > 0):
-        scores = _mma_wait(0, deps=[_scores(buffers, full, lo - lo, zero, GROUP)])
+        scores = _scores(buffers, full, 0, tiles, zero, GROUP)
         mixed, top, total = _own(mixed, top, total, scores, limit, least, scale_log2, buffers, barriers, GROUP)
     for i in range(2 - GROUP, blocks, 2):
-        product, top, total = _other(mixed, top, total, (i - 1) // 2, buffers, barriers, GROUP)
-        asked_scores = _scores(buffers, full, i // 2, zero, GROUP)
-        mixed = _mma_wait(TILES + 1, deps=[product])
-        _barrier()
-        mbarrier.arrive(empty.index(1 - GROUP))
-        scores = _mma_wait(0, deps=[asked_scores])
+        mixed, top, total = _other(mixed, top, total, (i - 1) // 2, buffers, barriers, GROUP)
+        scores = _scores(buffers, full, i // 2, tiles, zero, GROUP)
         mixed, top, total = _own(
             mixed, top, total, scores, limit - i * KEYS, least - i * KEYS, scale_log2, buffers, barriers, GROUP
         )
     if (blocks > 0) & (blocks % 2 == GROUP):  # the last one is the other group's
-        product, top, total = _other(mixed, top, total, (blocks - 1) // 2, buffers, barriers, GROUP)
-        mixed = _mma_wait(0, deps=[product])
+        mixed, top, total = _other(mixed, top, total, (blocks - 1) // 2, buffers, barriers, GROUP)
 
     _, _, _, _, _, totals = buffers
     totals.index(GROUP).store(total)
@@ -405,7 +377,8 @@ def attend(
     pages = page_table + request * table_stride
     buffers = (q, qr, latent, key, tops, totals)
     barriers = (full, empty, known, ready)
-    numbers = (lo, hi, first, count, start, stored, scale_log2)
+    tiles = LORA // 64 * (hi > lo).to(gl.int32)
+    numbers = (lo, hi, first, count, start, stored, scale_log2, tiles)
     result = (out, partial, lse, tokens, split)
     gl.warp_specialize(
         [

@@ -101,8 +101,8 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
     assert len(lines) == 3
     for shared, products in lines:
         assert int(shared) <= H100.shared_bytes
-        # Scores 36 (16 columns each), an own block 4, the other's 4; the first block and the last stand apart.
-        assert int(products) == 2 * (36 + 4 + 4 + 4) + (36 + 4)
+        # Scores 4 and a tile 4, an own block 4, the other's 4; the first block and the last stand apart.
+        assert int(products) == 2 * (8 + 4 + 4 + 4) + (8 + 4)
 
 
 def compile_for_hopper() -> None:

@@ -203,14 +203,25 @@ def main() -> int:
                 "same_argmax": round(same, 4),
             }
         )
+    report["seconds"] = seconds = {}
+
+    def part(name: str, work):
+        """Its result; how long it took is said at once: a run that is cut short says where."""
+        begin = time.perf_counter()
+        report[name] = work()
+        seconds[name] = round(time.perf_counter() - begin, 1)
+        print(f"gpu_check: {name}, {seconds[name]} s: {report[name]}", file=sys.stderr, flush=True)
+        return report[name]
+
     rounded = load(checkpoint, target=Target((host,)), dtype="bf16")
-    want = report["held_out_cpu_bf16"] = held_out(cpu, rounded, checkpoint)
-    found = report["held_out"] = held_out(cpu, gpu, checkpoint)
-    short = report["held_out_short_cpu_bf16"] = held_out(cpu, rounded, checkpoint, SHORT, SHORTS)
-    few = report["held_out_short"] = held_out(cpu, gpu, checkpoint, SHORT, SHORTS)
+    want = part("held_out_cpu_bf16", lambda: held_out(cpu, rounded, checkpoint))
+    found = part("held_out", lambda: held_out(cpu, gpu, checkpoint))
+    short = part("held_out_short_cpu_bf16", lambda: held_out(cpu, rounded, checkpoint, SHORT, SHORTS))
+    few = part("held_out_short", lambda: held_out(cpu, gpu, checkpoint, SHORT, SHORTS))
     good &= few["median_error"] <= OF_BF16 * short["median_error"] and few["same_argmax"] >= short["same_argmax"] - 0.01
-    report["greedy"] = greedy(cpu, rounded, gpu, checkpoint, want["gap_moved"][1])
-    report |= {"steps": stepwise(gpu, checkpoint), "sampled": sampled(gpu, checkpoint)}
+    part("greedy", lambda: greedy(cpu, rounded, gpu, checkpoint, want["gap_moved"][1]))
+    part("steps", lambda: stepwise(gpu, checkpoint))
+    part("sampled", lambda: sampled(gpu, checkpoint))
     good &= report["sampled"]["same"] >= 0.98  # an exponential that is rounded in another way may take another token
     report |= {"graphs": {n: why or "yes" for n, why in gpu.graphs.items()}}
     good &= found["median_error"] <= MOST_ERROR and found["same_argmax"] >= LEAST_SAME

@@ -38,7 +38,7 @@ ROWS, KEYS, WARPS = 64, 64, 4
 """(query, head) pairs a program, cache rows a block, warps of a launch; eight more come of themselves."""
 
 SLACK = constant(8.0)
-"""A row's maximum exceeds its scale by this at most, in powers of two: a weight is at most 256, exact in any type."""
+"""A row's maximum exceeds its scale by this at most, in powers of two: a weight is at most 256."""
 
 MIXES, FETCHES = constant(216), constant(72)
 """Registers of a thread of either kind: there are 256 of one and 128 of the other, and 65536 in all."""
@@ -375,6 +375,7 @@ def attend(
     totals = gl.allocate_shared_memory(gl.float32, [2, ROWS], flat_shared)
 
     pages = page_table + request * table_stride
+    # All in shared memory; of `latent` and `key` the even block's part comes first.
     buffers = (q, qr, latent, key, tops, totals)
     barriers = (full, empty, known, ready)
     tiles = LORA // 64 * (hi > lo).to(gl.int32)
@@ -426,6 +427,7 @@ def _tried(device: torch.device) -> float:
         return torch.randn(*size, generator=draw).to(device, torch.bfloat16)
 
     pool, q_latent, q_rope = random(24, page, LORA + ROPE), random(4, heads, LORA), random(4, heads, ROPE)
+    pool *= torch.linspace(0.2, 3, 24, device=device)[:, None, None]  # scales change from block to block
     table = torch.randperm(24, generator=draw).view(2, 12).to(device)
     lengths, start = (torch.tensor(x, device=device) for x in (stored, [0, 3, 4]))
     out, scale = torch.empty_like(q_latent), (128 + ROPE) ** -0.5

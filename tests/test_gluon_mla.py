@@ -36,9 +36,11 @@ HERE = pytest.mark.skipif(WHY is not None, reason=str(WHY))
     splits=st.sampled_from([1, 2, 4, 16]),
     index=st.sampled_from([torch.int32, torch.int64]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    growth=st.sampled_from([0.0, 0.01, -0.003]),
 )
-@example([(8000, 1)], 128, 16, 0, 64, torch.int64, torch.bfloat16)
-@example([(0, 0), (63, 1), (64, 1), (65, 1)], 128, 16, 2, 2, torch.int32, torch.bfloat16)
+@example([(8000, 1)], 128, 16, 0, 64, torch.int64, torch.bfloat16, 0.0)
+@example([(0, 0), (63, 1), (64, 1), (65, 1)], 128, 16, 2, 2, torch.int32, torch.bfloat16, 0.0)
+@example([(63, 1), (127, 1), (128, 1), (200, 1)], 128, 16, 0, 1, torch.int64, torch.bfloat16, 0.01)
 def test_attend(
     requests: list[tuple[int, int]],
     heads: int,
@@ -47,7 +49,9 @@ def test_attend(
     splits: int,
     index: torch.dtype,
     dtype: torch.dtype,
+    growth: float,
 ) -> None:
+    """`growth`: of the cache's rows with their position, so that the largest score rises or falls by blocks."""
     step = make_step(requests, WIDTH, page, dtype, index, padding, spare=1)
     if step.tokens == 0:
         return
@@ -55,6 +59,8 @@ def test_attend(
     for stored, queries, pages in zip(*zip(*requests, strict=True), cache[1], strict=True):
         for position in range(stored, stored + queries):  # the step's own rows are stored already
             cache[0][int(pages[position // page]), position % page] = randn(WIDTH, dtype=dtype)
+        at = torch.arange(stored + queries, device=pages.device)
+        cache[0][pages[at // page].long(), at % page] *= (1 + growth * at)[:, None].to(dtype)
     latent = randn(heads, step.tokens, gluon_mla.LORA, dtype=dtype).transpose(0, 1)
     rope = randn(step.tokens, heads, gluon_mla.ROPE, dtype=dtype)
     tiles = triton_mla.Tiles(gluon_mla.ROWS, gluon_mla.KEYS, splits, gluon_mla.WARPS, 2, True)

@@ -2,13 +2,14 @@
 
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import gguf
 import numpy as np
 import pytest
 import tiny
 import torch
-from tolerances import CHAIN, TOLERANCE
+from tolerances import TOLERANCE
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -128,6 +129,11 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
+def of_a_token(got: Tensor, want: Tensor) -> float:
+    """Of most tokens: of one that rounding gave another expert, the whole error is that of the choice."""
+    return median(map(relative, got.flatten(0, 1), want.flatten(0, 1)))
+
+
 @pytest.mark.parametrize("kind", ggml.TYPES, ids=lambda t: t.name)
 def test_reference_kernels(kind: ggml.BlockType, tmp_path: Path) -> None:
     path = write(kind, tmp_path / "one.gguf")
@@ -157,7 +163,5 @@ def test_rounding_c_kernels(name: str, isa: str, tmp_path: Path) -> None:
     path = write(ggml.BY_NAME[name], tmp_path / "one.gguf")
     model, want = eager(path, dtype)
     with torch.no_grad():
-        rounded = relative(
-            model(IDS).logits.float(), want
-        )  # the dense part rounds too, and may route a token elsewhere
-    assert relative(compiled(model, path, isa, tmp_path), want) <= max(CHAIN["bf16"], 1.1 * rounded)
+        rounded = of_a_token(model(IDS).logits.float(), want)  # the dense part rounds too
+    assert of_a_token(compiled(model, path, isa, tmp_path), want) <= 1.25 * rounded

@@ -52,15 +52,20 @@ OF_BF16 = 1.25  # as many times the error of bf16 on the CPU
 SHORT, SHORTS = 7, 100  # tokens of a step that other kernels take than a long one, and such steps
 
 
-def held_out(cpu, gpu, checkpoint, window: int = WINDOW, windows: int = WINDOWS) -> dict[str, object]:
-    """Logits of held-out text: error of all, the median error of a row, how often the most likely token is the same.
-
-    `gap_moved`: by how much the distance of the CPU's two most likely tokens is another, the median and of one in 100.
-    """
+def logits(model, checkpoint, window: int = WINDOW, windows: int = WINDOWS) -> list[torch.Tensor]:
+    """Of the held-out text in windows, each `[window, vocabulary]`, float32, on the CPU."""
     ids = checkpoint.tokenizer(HELD_OUT.read_text(), add_special_tokens=False)["input_ids"]
+    starts = range(0, window * windows, window)
+    return [model(torch.tensor([ids[at : at + window]])).logits[0].float().cpu() for at in starts]
+
+
+def compare(want: list[torch.Tensor], got: list[torch.Tensor]) -> dict[str, object]:
+    """Logits of two models: error of all, the median error of a row, how often the most likely token is the same.
+
+    `gap_moved`: by how much the distance of the first's two likeliest tokens is another, the median and of one in 100.
+    """
     off, size, rows, same, moved = 0.0, 0.0, [], [], []
-    for at in range(0, window * windows, window):
-        a, b = (model(torch.tensor([ids[at : at + window]])).logits[0].float().cpu() for model in (cpu, gpu))
+    for a, b in zip(want, got, strict=True):
         off, size = off + float((a - b).square().sum()), size + float(a.square().sum())
         rows.append((a - b).norm(dim=-1) / a.norm(dim=-1))
         same.append(a.argmax(-1) == b.argmax(-1))
@@ -185,6 +190,7 @@ def main() -> int:
         "prompts": [],
     }
     good = True
+    print(f"gpu_check: loaded in {report['load_s']} s", file=sys.stderr, flush=True)
     for prompt in PROMPTS:
         ids, text = answer(cpu, checkpoint, prompt, 64)
         _, on_gpu = answer(gpu, checkpoint, prompt, 64)
@@ -214,10 +220,14 @@ def main() -> int:
         return report[name]
 
     rounded = load(checkpoint, target=Target((host,)), dtype="bf16")
-    want = part("held_out_cpu_bf16", lambda: held_out(cpu, rounded, checkpoint))
-    found = part("held_out", lambda: held_out(cpu, gpu, checkpoint))
-    short = part("held_out_short_cpu_bf16", lambda: held_out(cpu, rounded, checkpoint, SHORT, SHORTS))
-    few = part("held_out_short", lambda: held_out(cpu, gpu, checkpoint, SHORT, SHORTS))
+    begin = time.perf_counter()
+    whole, parts = logits(cpu, checkpoint), logits(cpu, checkpoint, SHORT, SHORTS)
+    seconds["held_out_cpu"] = round(time.perf_counter() - begin, 1)
+    print(f"gpu_check: the CPU in float32, {seconds['held_out_cpu']} s", file=sys.stderr, flush=True)
+    want = part("held_out_cpu_bf16", lambda: compare(whole, logits(rounded, checkpoint)))
+    found = part("held_out", lambda: compare(whole, logits(gpu, checkpoint)))
+    short = part("held_out_short_cpu_bf16", lambda: compare(parts, logits(rounded, checkpoint, SHORT, SHORTS)))
+    few = part("held_out_short", lambda: compare(parts, logits(gpu, checkpoint, SHORT, SHORTS)))
     good &= few["median_error"] <= OF_BF16 * short["median_error"] and few["same_argmax"] >= short["same_argmax"] - 0.01
     part("greedy", lambda: greedy(cpu, rounded, gpu, checkpoint, want["gap_moved"][1]))
     part("steps", lambda: stepwise(gpu, checkpoint))

@@ -62,6 +62,12 @@ def _barriers(arrivals: constexpr) -> tensor:
 
 
 @gluon_jit
+def _halves(tiles: tensor) -> tensor:
+    """What lies in tiles of 64 columns, [n, rows, 64], as halves of `LORA` columns: [n / 4, rows, 256]."""
+    return _reinterpret(tiles, tiles.dtype, [tiles.shape[0] // 4, tiles.shape[1], 256], tiles.layout)
+
+
+@gluon_jit
 def _slots(pages: tensor, position: tensor, hi: tensor, PAGE: constexpr) -> tensor:
     """The pool's rows of positions, int32; of those from `hi` on the last one again."""
     position = gl.minimum(position, hi - 1)
@@ -86,8 +92,8 @@ def _fetch(
     _, _, latent, key, _, _ = buffers
     KEYS: constexpr = key.shape[1]
     ROPE: constexpr = key.shape[2]
-    HALF: constexpr = latent.shape[0] * 16
-    halves = _reinterpret(latent, latent.dtype, [4, KEYS, HALF], latent.layout)
+    halves = _halves(latent)
+    HALF: constexpr = halves.shape[2]
     wide: constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     narrow: constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     d = gl.arange(0, HALF, gl.SliceLayout(0, wide))
@@ -175,7 +181,7 @@ def _own(
     if moved:
         mixed = mixed * gl.convert_layout(fade, gl.SliceLayout(1, mixed.type.layout))[:, None]
     operand = gl.convert_layout(weights, gl.DotOperandLayout(0, mixed.type.layout, 2))
-    product = _mma(operand, _half(latent, GROUP, GROUP), mixed, is_async=True)
+    product = _mma(operand, _halves(latent).index(2 * GROUP + GROUP), mixed, is_async=True)
     mixed, operand = _mma_wait(0, deps=[product, operand])
     _barrier()
     mbarrier.arrive(empty.index(GROUP))
@@ -196,19 +202,11 @@ def _other(
     if _moved(tops.index(OTHER), tops.index(GROUP)):
         mixed = mixed * gl.convert_layout(fade, gl.SliceLayout(1, mixed.type.layout))[:, None]
     mbarrier.wait(ready.index(OTHER), turn & 1)
-    product = _mma(key.index(OTHER), _half(latent, OTHER, GROUP), mixed, is_async=True)
+    product = _mma(key.index(OTHER), _halves(latent).index(2 * OTHER + GROUP), mixed, is_async=True)
     mixed = _mma_wait(0, deps=[product])
     _barrier()
     mbarrier.arrive(empty.index(OTHER))
     return mixed, new_top, total * fade
-
-
-@gluon_jit
-def _half(latent: tensor, place: constexpr, half: constexpr) -> tensor:
-    """[KEYS, LORA // 2] of `latent`, whose tiles of 64 columns lie one after the other."""
-    KEYS: constexpr = latent.shape[1]
-    HALF: constexpr = latent.shape[0] * 16
-    return _reinterpret(latent, latent.dtype, [4, KEYS, HALF], latent.layout).index(2 * place + half)
 
 
 @gluon_jit
@@ -277,6 +275,25 @@ def _mix(
         some = gl.convert_layout(seen.to(gl.int32), gl.SliceLayout(1, of_mixed)) > 0
         to = partial + (offset + at)[:, None] * LORA + column[None, :]
         gl.store(to, mixed, mask=inside & some[:, None])
+
+
+@gluon_jit
+def _queries(
+    q: tensor,
+    token_stride: tensor,
+    head_stride: tensor,
+    first: tensor,
+    count: tensor,
+    start: tensor,
+    tokens: tensor,
+    HEADS: constexpr,
+    ROWS: constexpr,
+    layout: constexpr,
+) -> tensor:
+    """Where this program's rows begin, [ROWS, 1]; the last one again for rows that there are not."""
+    row = gl.maximum(gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), count - 1), 0)
+    token = gl.minimum(start + row // HEADS, tokens - 1).to(gl.int64)
+    return q + (token * token_stride + row % HEADS * head_stride)[:, None]
 
 
 @gluon_jit
@@ -357,17 +374,12 @@ def attend(
     d = gl.arange(0, HALF, gl.SliceLayout(0, wide))
     e = gl.arange(0, ROPE, gl.SliceLayout(0, narrow))
     q = gl.allocate_shared_memory(dtype, [LORA // 64, ROWS, 64], shared)
-    q_halves = _reinterpret(q, dtype, [2, ROWS, HALF], shared)
     qr = gl.allocate_shared_memory(dtype, [ROWS, ROPE], shared)
-    row = gl.maximum(gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, wide)), count - 1), 0)
-    token = gl.minimum(start + row // HEADS, tokens - 1).to(gl.int64)
-    at = q_latent + (token * q_latent_token_stride + row % HEADS * q_latent_head_stride)[:, None] + d[None, :]
-    _load(q_halves.index(0), at)
-    _load(q_halves.index(1), at + HALF)
-    row = gl.maximum(gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, narrow)), count - 1), 0)
-    token = gl.minimum(start + row // HEADS, tokens - 1).to(gl.int64)
-    at = q_rope + (token * q_rope_token_stride + row % HEADS * q_rope_head_stride)[:, None] + e[None, :]
-    _load(qr, at)
+    at = _queries(q_latent, q_latent_token_stride, q_latent_head_stride, first, count, start, tokens, HEADS, ROWS, wide)
+    _load(_halves(q).index(0), at + d[None, :])
+    _load(_halves(q).index(1), at + HALF + d[None, :])
+    at = _queries(q_rope, q_rope_token_stride, q_rope_head_stride, first, count, start, tokens, HEADS, ROWS, narrow)
+    _load(qr, at + e[None, :])
     async_copy.mbarrier_arrive(asked, increment_count=False)
     latent = gl.allocate_shared_memory(dtype, [2 * LORA // 64, KEYS, 64], shared)
     key = gl.allocate_shared_memory(dtype, [2, KEYS, ROPE], shared)

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from gpu_check import HELD_OUT, WINDOW, compare, logits
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,9 +21,6 @@ from ktcompile.model import load
 from ktcompile.pipeline import Pipeline, load_rules
 from ktcompile.target import Target, detect
 from ktcompile.weights import values
-
-HELD_OUT = Path(__file__).parent.parent / "tests" / "data" / "heldout.txt"
-WINDOW = 512
 
 PLACES = {
     "logits": "logits",
@@ -163,35 +161,30 @@ def main() -> None:
     source = checkpoint.source
     weights = {key: values(source, key, torch.float32) for key in source.keys()}  # noqa: SIM118
 
-    def logits_of(model, ids: Tensor) -> Tensor:
-        return model(ids[None]).logits[0].float()
+    want = logits(load(checkpoint, target=host, dtype="fp32"), checkpoint, windows=count)
 
-    exact = load(checkpoint, target=host, dtype="fp32")
-    want = [logits_of(exact, w) for w in windows]
+    def line(name: str, got: list[Tensor]) -> None:
+        found = compare(want, got)
+        same, middle, tenth = (found[key] for key in ("same_argmax", "median_error", "error_90"))
+        print(f"| {name} | {same:.2%} | {middle:.5f} | {tenth:.5f} |", flush=True)
 
-    def line(name: str, run) -> None:
-        errors, same = [], []
-        for a, b in zip(want, map(run, windows), strict=True):
-            errors.append((a - b).norm(dim=-1) / a.norm(dim=-1))
-            same.append((a.argmax(-1) == b.argmax(-1)).float())
-        errors, same = torch.cat(errors), torch.cat(same)
-        print(f"| {name} | {same.mean():.2%} | {errors.median():.5f} | {errors.quantile(0.9):.5f} |", flush=True)
+    def narrowed(places: set[str]) -> list[Tensor]:
+        return list(map(Model(checkpoint.config, weights, places), windows))
 
     print(f"{windows.numel()} tokens\n")
     print("| rounded to bf16 | same argmax | median error | of one in ten |\n|---|---|---|---|")
-    line("nothing", Model(checkpoint.config, weights, set()))
+    line("nothing", narrowed(set()))
     for name, places in PLACES.items():
-        line(name, Model(checkpoint.config, weights, set(places.split())))
+        line(name, narrowed(set(places.split())))
     every = {place for places in PLACES.values() for place in places.split()}
     for name, places in TOGETHER.items():
-        line(name, Model(checkpoint.config, weights, every - set(places.split())))
-    widened = load(checkpoint, target=host, dtype="bf16")
-    line("`load` in bf16", lambda w: logits_of(widened, w))
+        line(name, narrowed(every - set(places.split())))
+    line("`load` in bf16", logits(load(checkpoint, target=host, dtype="bf16"), checkpoint, windows=count))
     with tempfile.TemporaryDirectory() as folder:
         rules = Path(folder) / "rules.yaml"
         rules.write_text(Pipeline(tuple(p for p in load_rules("deepseek-v3").passes if p.name != "widen")).dump())
         model = load(checkpoint, target=host, dtype="bf16", rules=rules)
-    line("the same without `widen`", lambda w: logits_of(model, w))
+    line("the same without `widen`", logits(model, checkpoint, windows=count))
 
 
 if __name__ == "__main__":

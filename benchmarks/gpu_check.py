@@ -211,19 +211,22 @@ def main() -> int:
         )
     report["seconds"] = seconds = {}
 
-    def part(name: str, work):
+    def timed(name: str, work):
         """Its result; how long it took is said at once: a run that is cut short says where."""
         begin = time.perf_counter()
-        report[name] = work()
+        result = work()
         seconds[name] = round(time.perf_counter() - begin, 1)
-        print(f"gpu_check: {name}, {seconds[name]} s: {report[name]}", file=sys.stderr, flush=True)
+        print(f"gpu_check: {name}, {seconds[name]} s", file=sys.stderr, flush=True)
+        return result
+
+    def part(name: str, work):
+        """The same of what the report says, which is said too."""
+        report[name] = timed(name, work)
+        print(json.dumps(report[name]), file=sys.stderr, flush=True)
         return report[name]
 
     rounded = load(checkpoint, target=Target((host,)), dtype="bf16")
-    begin = time.perf_counter()
-    whole, parts = logits(cpu, checkpoint), logits(cpu, checkpoint, SHORT, SHORTS)
-    seconds["held_out_cpu"] = round(time.perf_counter() - begin, 1)
-    print(f"gpu_check: the CPU in float32, {seconds['held_out_cpu']} s", file=sys.stderr, flush=True)
+    whole, parts = timed("held_out_cpu", lambda: (logits(cpu, checkpoint), logits(cpu, checkpoint, SHORT, SHORTS)))
     want = part("held_out_cpu_bf16", lambda: compare(whole, logits(rounded, checkpoint)))
     found = part("held_out", lambda: compare(whole, logits(gpu, checkpoint)))
     short = part("held_out_short_cpu_bf16", lambda: compare(parts, logits(rounded, checkpoint, SHORT, SHORTS)))

@@ -3,7 +3,8 @@
 `triton_mla._attend` defines it and runs wherever this one does not; both take the same arguments and give the same
 numbers. A program is 64 rows and a part of the context, in blocks of 64 keys, with warps of three kinds:
 
-- `_fetch`, four warps, copies block after block into one of two places, a row a page-table entry says where
+- `_fetch`, one warp, has the memory accelerator copy block after block into one of two places: boxes of a page's rows
+  and 64 columns, wherever the page table says
 - `_mix`, two groups of four warps: one makes the scores and weights of even blocks, one of odd blocks; each keeps half
   the columns of the result, so both need the weights of every block. While one works on weights, the tensor cores have
   the other's products
@@ -24,11 +25,21 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ktcompile.backends.triton_language import async_copy, constant, constexpr, gl, gluon_jit, hopper, tensor
+from ktcompile.backends.triton_language import (
+    TensorDescriptor,
+    async_copy,
+    constant,
+    constexpr,
+    gl,
+    gluon_jit,
+    hopper,
+    tensor,
+)
 from ktcompile.ops.mla import attend_reference
 
 LORA, ROPE = 512, 64
@@ -40,14 +51,15 @@ ROWS, KEYS, WARPS = 64, 64, 4
 SLACK = constant(8.0)
 """A row's maximum exceeds its scale by this at most, in powers of two: a weight is at most 256."""
 
-MIXES, FETCHES = constant(216), constant(72)
-"""Registers of a thread of either kind: there are 256 of one and 128 of the other, and 65536 in all."""
+MIXES, FETCHES = constant(232), constant(40)
+"""Registers of a thread of either kind: 256 and, for a warp counts as four here, 128 of them share 64512."""
 
 if async_copy is not None:
     _load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # until Triton 3.6
     _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
     _fence, _mma, _mma_wait = hopper.fence_async_shared, hopper.warpgroup_mma, hopper.warpgroup_mma_wait
     mbarrier = hopper.mbarrier
+    _copy_box = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared  # until Triton 3.6
     _memory = gl.shared_memory_descriptor
     _reinterpret = getattr(_memory, "reinterpret", None) or _memory._reinterpret  # until Triton 3.6
 
@@ -68,13 +80,6 @@ def _halves(tiles: tensor) -> tensor:
 
 
 @gluon_jit
-def _slots(pages: tensor, position: tensor, hi: tensor, PAGE: constexpr) -> tensor:
-    """The pool's rows of positions, int32; of those from `hi` on the last one again."""
-    position = gl.minimum(position, hi - 1)
-    return gl.load(pages + position // PAGE).to(gl.int32) * PAGE + position % PAGE
-
-
-@gluon_jit
 def _fetch(
     buffers: tensor,
     full: tensor,
@@ -84,35 +89,29 @@ def _fetch(
     pages: tensor,
     lo: tensor,
     hi: tensor,
-    LATENT_STRIDE: constexpr,
-    KEY_STRIDE: constexpr,
     PAGE: constexpr,
 ) -> None:
-    """The warps that copy: block after block into the place of the one before the last, once nobody reads that."""
+    """The warp that copies: block after block into the place of the one before the last, once nobody reads that."""
     _, _, latent, key, _, _ = buffers
+    TILES: constexpr = latent.shape[0] // 2
     KEYS: constexpr = key.shape[1]
     ROPE: constexpr = key.shape[2]
-    halves = _halves(latent)
-    HALF: constexpr = halves.shape[2]
-    wide: constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-    narrow: constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    d = gl.arange(0, HALF, gl.SliceLayout(0, wide))
-    e = gl.arange(0, ROPE, gl.SliceLayout(0, narrow))
-    position = lo + gl.arange(0, KEYS, gl.SliceLayout(1, wide))
-    position_key = lo + gl.arange(0, KEYS, gl.SliceLayout(1, narrow))
-    slot = _slots(pages, position, hi, PAGE)
-    slot_key = _slots(pages, position_key, hi, PAGE)
+    BOX: constexpr = latents.block_type.shape[0]
+    BYTES: constexpr = KEYS * (TILES * 64 + ROPE) * 2
+    last = (hi - 1) // BOX * BOX  # a box after the context's end comes again: the barrier counts bytes
     for i in range(gl.cdiv(hi - lo, KEYS)):
         place = i % 2
-        at = latents + (slot.to(gl.int64) * LATENT_STRIDE)[:, None] + d[None, :]
-        at_key = keys + (slot_key.to(gl.int64) * KEY_STRIDE)[:, None] + e[None, :]
+        found = ()
+        for b in gl.static_range(KEYS // BOX):  # before the wait: what they take is not seen then
+            position = gl.minimum(lo + i * KEYS + b * BOX, last)
+            found += (gl.load(pages + position // PAGE).to(gl.int32) * PAGE + position % PAGE,)
         mbarrier.wait(empty.index(place), (i // 2 + 1) & 1)
-        _load(halves.index(2 * place), at)
-        _load(halves.index(2 * place + 1), at + HALF)
-        _load(key.index(place), at_key)
-        async_copy.mbarrier_arrive(full.index(place), increment_count=False)
-        slot = _slots(pages, position + (i + 1) * KEYS, hi, PAGE)
-        slot_key = _slots(pages, position_key + (i + 1) * KEYS, hi, PAGE)
+        mbarrier.expect(full.index(place), BYTES)
+        for b in gl.static_range(KEYS // BOX):
+            _copy_box(keys, [found[b], 0], full.index(place), key.index(place).slice(b * BOX, BOX))
+            for t in gl.static_range(TILES):
+                to = latent.index(place * TILES + t).slice(b * BOX, BOX)
+                _copy_box(latents, [found[b], t * 64], full.index(place), to)
 
 
 @gluon_jit
@@ -129,13 +128,30 @@ def _moved(tops: tensor, before: tensor) -> tensor:
 
 
 @gluon_jit
-def _scores(buffers: tensor, full: tensor, turn: tensor, tiles: tensor, zero: tensor, GROUP: constexpr) -> tensor:
-    """Of a block of this group, [ROWS, KEYS]. A loop over tiles of 64 columns, whose number the compiler does not know:
-    unrolled, the addresses of all of them are more than registers hold.
+def _clear(latent: tensor, start: tensor, tiles: tensor, valid: tensor) -> None:
+    """Zeros for rows from `valid` on: what a page holds after the context's end may be anything, 0 times that too."""
+    layout: constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, latent.shape[1], gl.SliceLayout(1, layout))
+    for t in range(tiles):
+        x = latent.index(start + t).load(layout)
+        latent.index(start + t).store(gl.where((row < valid)[:, None], x, 0.0))
+    _fence()
+    _barrier()
+
+
+@gluon_jit
+def _scores(
+    buffers: tensor, full: tensor, turn: tensor, valid: tensor, tiles: tensor, zero: tensor, GROUP: constexpr
+) -> tensor:
+    """Of a block of this group whose rows from `valid` on are not of the context, [ROWS, KEYS].
+
+    A loop over tiles of 64 columns, whose number the compiler does not know: unrolled, the addresses of all of them
+    are more than registers hold.
     """
     q, q_rope, latent, key, _, _ = buffers
     mbarrier.wait(full.index(GROUP), turn & 1)
-    _fence()
+    if valid < key.shape[1]:
+        _clear(latent, GROUP * tiles, tiles, valid)
     scores = _mma(q_rope, key.index(GROUP).permute((1, 0)), zero, use_acc=False, is_async=True)
     for t in range(tiles):
         scores = _mma(q.index(t), latent.index(GROUP * tiles + t).permute((1, 0)), scores, is_async=True)
@@ -240,12 +256,13 @@ def _mix(
     full, _, _, _ = barriers
     blocks = gl.cdiv(hi - lo, KEYS)
     mbarrier.wait(asked, 0)
+    _fence()
     if (GROUP == 0) & (blocks > 0):
-        scores = _scores(buffers, full, 0, tiles, zero, GROUP)
+        scores = _scores(buffers, full, 0, hi - lo, tiles, zero, GROUP)
         mixed, top, total = _own(mixed, top, total, scores, limit, least, scale_log2, buffers, barriers, GROUP)
     for i in range(2 - GROUP, blocks, 2):
         mixed, top, total = _other(mixed, top, total, (i - 1) // 2, buffers, barriers, GROUP)
-        scores = _scores(buffers, full, i // 2, tiles, zero, GROUP)
+        scores = _scores(buffers, full, i // 2, hi - lo - i * KEYS, tiles, zero, GROUP)
         mixed, top, total = _own(
             mixed, top, total, scores, limit - i * KEYS, least - i * KEYS, scale_log2, buffers, barriers, GROUP
         )
@@ -298,7 +315,7 @@ def _queries(
 
 @gluon_jit
 def attend(
-    q_latent: tensor,  # arguments as of `triton_mla._attend`
+    q_latent: tensor,  # arguments as of `triton_mla._attend`, but that the cache is descriptors, see `rows`
     q_latent_token_stride: tensor,
     q_latent_head_stride: tensor,
     q_rope: tensor,
@@ -319,8 +336,6 @@ def attend(
     HEADS: constexpr,
     LORA: constexpr,
     ROPE: constexpr,
-    LATENT_STRIDE: constexpr,
-    KEY_STRIDE: constexpr,
     PAGE: constexpr,
     REQUESTS_PAD: constexpr,
     ROWS: constexpr,
@@ -335,7 +350,7 @@ def attend(
     flat_shared: constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dtype: constexpr = q_latent.dtype.element_ty
 
-    full, empty, known, ready = _barriers(128), _barriers(2), _barriers(1), _barriers(1)
+    full, empty, known, ready = _barriers(1), _barriers(2), _barriers(1), _barriers(1)
     asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ended = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(asked, 128)
@@ -397,17 +412,27 @@ def attend(
         [
             (_mix, (buffers, barriers, asked, ended, numbers, result, 0, HEADS, ROWS, KEYS, LORA, SPLITS)),
             (_mix, (buffers, barriers, asked, ended, numbers, result, 1, HEADS, ROWS, KEYS, LORA, SPLITS)),
-            (_fetch, (buffers, full, empty, latents, keys, pages, lo, hi, LATENT_STRIDE, KEY_STRIDE, PAGE)),
+            (_fetch, (buffers, full, empty, latents, keys, pages, lo, hi, PAGE)),
         ],
-        [4, 4],
+        [4, 1],
         [MIXES, FETCHES],
     )
 
 
+def rows(pool: Tensor) -> Any:
+    """`[pages, page, columns]`, pages without a gap, as `attend` takes it: its rows, in boxes of 64 columns."""
+    pages, page, columns = pool.shape
+    box = [min(page, KEYS), 64]
+    return TensorDescriptor(pool, [pages * page, columns], [pool.stride(1), 1], box, gl.NVMMASharedLayout(128, 16, 2))
+
+
 def fits(q_latent: Tensor, q_rope: Tensor, pool: Tensor) -> bool:
-    """Whether a step is of the sizes and the types that the kernel is written for."""
+    """Whether a step is of the sizes and the types that the kernel is written for: pages of 8, 16, 32 or 64 n rows."""
+    page = pool.shape[1]
     return (
         (q_latent.shape[2], q_rope.shape[2]) == (LORA, ROPE)
+        and page % 8 == 0
+        and (KEYS % page == 0 or page % KEYS == 0)
         and pool.dtype == q_latent.dtype
         and q_latent.dtype in (torch.bfloat16, torch.float16)
     )
@@ -446,10 +471,10 @@ def _tried(device: torch.device) -> float:
     none = torch.empty(0, device=device)
     with torch.cuda.device(device):
         attend[(4, 1)](
-            q_latent, q_latent.stride(0), q_latent.stride(1), q_rope, q_rope.stride(0), q_rope.stride(1), pool,
-            pool[..., LORA:], table, table.stride(0), lengths, start, out, none, none, scale * math.log2(math.e), 4, 2,
-            HEADS=heads, LORA=LORA, ROPE=ROPE, LATENT_STRIDE=LORA + ROPE, KEY_STRIDE=LORA + ROPE, PAGE=page,
-            REQUESTS_PAD=4, ROWS=ROWS, KEYS=KEYS, SPLITS=1, num_warps=WARPS,
+            q_latent, q_latent.stride(0), q_latent.stride(1), q_rope, q_rope.stride(0), q_rope.stride(1),
+            rows(pool[..., :LORA]), rows(pool[..., LORA:]), table, table.stride(0), lengths, start, out, none, none,
+            scale * math.log2(math.e), 4, 2, HEADS=heads, LORA=LORA, ROPE=ROPE, PAGE=page, REQUESTS_PAD=4, ROWS=ROWS,
+            KEYS=KEYS, SPLITS=1, num_warps=WARPS,
         )  # fmt: skip
     want = attend_reference(q_latent, q_rope, pool, table, lengths, start, scale).float()
     return float((out.float() - want).norm() / want.norm())

@@ -24,8 +24,9 @@ try:
     gl: Any = import_module("triton.experimental.gluon.language")
     hopper: Any = import_module("triton.experimental.gluon.language.nvidia.hopper")
     async_copy: Any = import_module("triton.experimental.gluon.language.nvidia.ampere.async_copy")
+    TensorDescriptor: Any = import_module("triton.experimental.gluon.nvidia.hopper").TensorDescriptor
 except (ImportError, AttributeError):
-    gluon = gl = hopper = async_copy = None
+    gluon = gl = hopper = async_copy = TensorDescriptor = None
 
 if TYPE_CHECKING:
     from typing import Any as constexpr
@@ -56,6 +57,7 @@ def constexpr_function(function: Callable[..., Any]) -> Any:
 
 
 __all__ = [
+    "TensorDescriptor",
     "async_copy",
     "constant",
     "constexpr",

@@ -522,22 +522,23 @@ def mla_attend(
     kept = (tiles.splits, tokens, heads) if tiles.splits > 1 else (0, 0, 0)
     partial = torch.empty(*kept, lora, dtype=torch.float32, device=pool.device)
     lse = torch.empty(kept, dtype=torch.float32, device=pool.device)
+    queries = q_latent, q_latent.stride(0), q_latent.stride(1), q_rope, q_rope.stride(0), q_rope.stride(1)
     arguments = (
-        q_latent, q_latent.stride(0), q_latent.stride(1), q_rope, q_rope.stride(0), q_rope.stride(1),
-        latents, keys, page_table, page_table.stride(0), seq_len, query_start, out, partial, lse,
-        scale * 1.4426950408889634, tokens, requests,
+        page_table, page_table.stride(0), seq_len, query_start, out, partial, lse, scale * 1.4426950408889634, tokens,
+        requests,
     )  # fmt: skip
     constants: dict[str, Any] = {
-        "HEADS": heads, "LORA": lora, "ROPE": rope, "LATENT_STRIDE": latents.stride(1), "KEY_STRIDE": keys.stride(1),
-        "PAGE": pool.shape[1], "REQUESTS_PAD": _power_of_two(requests + 1), "ROWS": tiles.rows, "KEYS": tiles.keys,
-        "SPLITS": tiles.splits, "num_warps": tiles.warps,
+        "HEADS": heads, "LORA": lora, "ROPE": rope, "PAGE": pool.shape[1], "REQUESTS_PAD": _power_of_two(requests + 1),
+        "ROWS": tiles.rows, "KEYS": tiles.keys, "SPLITS": tiles.splits, "num_warps": tiles.warps,
     }  # fmt: skip
     with torch.cuda.device(pool.get_device()):
         if tiles.gluon:
-            gluon_mla.attend[(blocks, tiles.splits)](*arguments, **constants)
+            cache = gluon_mla.rows(latents), gluon_mla.rows(keys)
+            gluon_mla.attend[(blocks, tiles.splits)](*queries, *cache, *arguments, **constants)
         else:
             _attend[(blocks, tiles.splits)](
-                *arguments, **constants, LORA_PAD=_power_of_two(lora), ROPE_PAD=_power_of_two(rope),
+                *queries, latents, keys, *arguments, **constants, LATENT_STRIDE=latents.stride(1),
+                KEY_STRIDE=keys.stride(1), LORA_PAD=_power_of_two(lora), ROPE_PAD=_power_of_two(rope),
                 STAGES=tiles.stages, UPCAST=interpreted(), PRECISION="ieee",
             )  # fmt: skip
         if tiles.splits == 1:

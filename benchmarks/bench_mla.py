@@ -32,7 +32,7 @@ from ktcompile.symbols import PAGE
 
 HEADS, LORA, ROPE, DTYPE = 128, 512, 64, torch.bfloat16
 SCALE = (128 + ROPE) ** -0.5
-CASES = ((1, 1024), (1, 8192), (32, 1024), (32, 8192), (32, 32768))  # requests, context
+CASES = ((1, 1024), (1, 8192), (32, 1024), (32, 8192), (32, 32768), (32, 65536))  # requests, context
 PROMPTS = ((2048, 0), (2048, 8192), (512, 0), (512, 32768))  # tokens, stored before
 NOPE = V = 128
 SHAPE = MLAShape(HEADS, NOPE, ROPE, V, LORA, SCALE, True, 1e-6)

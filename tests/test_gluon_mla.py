@@ -31,7 +31,7 @@ HERE = pytest.mark.skipif(WHY is not None, reason=str(WHY))
 @given(
     requests=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 5)), min_size=1, max_size=5),
     heads=st.sampled_from([1, 16, 20, 64, 96, 128]),
-    page=st.sampled_from([16, 64]),
+    page=st.sampled_from([8, 16, 32, 64, 128]),
     padding=st.integers(0, 3),
     splits=st.sampled_from([1, 2, 4, 16]),
     index=st.sampled_from([torch.int32, torch.int64]),
@@ -87,6 +87,8 @@ def test_too_few_rows_or_other_types_are_triton_s() -> None:
     assert not gluon_mla.fits(latent, rope, torch.empty(1, 16, WIDTH + 64, dtype=torch.uint8))
     assert not gluon_mla.fits(latent.float(), rope.float(), torch.empty(1, 16, WIDTH))
     assert not gluon_mla.fits(latent[..., :256], rope, torch.empty(1, 16, 320, dtype=torch.bfloat16))
+    for page in (4, 12, 48, 96):
+        assert not gluon_mla.fits(latent, rope, torch.empty(1, page, WIDTH, dtype=torch.bfloat16))
 
 
 @pytest.mark.skipif(not triton_mla.interpreted(), reason="where there is a GPU, it is asked")
@@ -116,12 +118,14 @@ def compile_for_hopper() -> None:
     compiler, targets = import_module("triton.compiler"), import_module("triton.backends.compiler")
     source = import_module("triton.experimental.gluon._runtime").GluonASTSource
     kernel = gluon_mla.attend
-    pointers = {"q_latent": "*bf16", "q_rope": "*bf16", "latents": "*bf16", "keys": "*bf16", "out": "*bf16"}
+    pointers = {"q_latent": "*bf16", "q_rope": "*bf16", "out": "*bf16"}
     pointers |= {"partial": "*fp32", "lse": "*fp32", "scale_log2": "fp32"}
+    box = f"tensordesc<bf16[16, 64],{gluon_mla.gl.NVMMASharedLayout(128, 16, 2)!r}>"
+    pointers |= {"latents": box, "keys": box}
     for heads, splits, index in ((128, 1, "*i64"), (128, 4, "*i32"), (20, 4, "*i64")):
         constants = {
-            "HEADS": heads, "LORA": 512, "ROPE": 64, "LATENT_STRIDE": WIDTH, "KEY_STRIDE": WIDTH, "PAGE": 16,
-            "REQUESTS_PAD": 4, "ROWS": gluon_mla.ROWS, "KEYS": gluon_mla.KEYS, "SPLITS": splits,
+            "HEADS": heads, "LORA": 512, "ROPE": 64, "PAGE": 16, "REQUESTS_PAD": 4, "ROWS": gluon_mla.ROWS,
+            "KEYS": gluon_mla.KEYS, "SPLITS": splits,
         }  # fmt: skip
         types = pointers | dict.fromkeys(("page_table", "seq_len", "query_start"), index)
         signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}

@@ -77,6 +77,8 @@ static void become(atomic_int *value, int wanted) {  /* a test that hangs is end
 
 typedef struct { kt_pool *pool; size_t n; int rounds; unsigned seen[MAX * PAD]; } meeting;
 
+static void do_nothing(void *argument, size_t thread) { (void)argument, (void)thread; }
+
 /* What a thread wrote before a barrier is seen by all after it: plain memory, so ThreadSanitizer judges too. */
 static void meet(void *argument, size_t thread) {
     meeting *m = argument;
@@ -653,8 +655,7 @@ static void test_waiters_spin_only_where_there_is_room(void) {
 
 static void test_idle_threads_sleep(void) {
     kt_pool *pool = kt_pool_new((size_t)cpu_count());
-    meeting m = {.n = 0, .rounds = 1, .pool = pool};
-    require(kt_pool_run(pool, meet, &m) == KT_OK && kt_pool_start_driver(pool) == KT_OK);
+    require(kt_pool_run(pool, do_nothing, NULL) == KT_OK && kt_pool_start_driver(pool) == KT_OK);
     while (atomic_load(&kt_process.awake)) sched_yield();
     sleep_us(1000);
     clock_t before = clock();
@@ -728,7 +729,6 @@ static void test_fork(void) {
 
 /* ---- times ----------------------------------------------------------------------------------------------------- */
 
-static void do_nothing(void *argument, size_t thread) { (void)argument, (void)thread; }
 static void do_nothing_later(void *argument) { (void)argument; }
 static void pass_barriers(void *pool, size_t thread) {
     (void)thread;

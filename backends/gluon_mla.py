@@ -101,7 +101,7 @@ def _fetch(
     last = (hi - 1) // BOX * BOX  # a box after the context's end comes again: the barrier counts bytes
     for i in range(gl.cdiv(hi - lo, KEYS)):
         place = i % 2
-        found = ()
+        found: tensor = ()
         for b in gl.static_range(KEYS // BOX):  # before the wait: what they take is not seen then
             position = gl.minimum(lo + i * KEYS + b * BOX, last)
             found += (gl.load(pages + position // PAGE).to(gl.int32) * PAGE + position % PAGE,)

@@ -32,7 +32,8 @@ from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Step, Store, check_one_layout, lower
 from ktcompile.sampling import Choices, Sampled, sample
-from ktcompile.step_graph import NotCapturable, StepGraph, StreamedStep
+from ktcompile.step_graph import StepGraph, StreamedStep
+from ktcompile.step_parts import NotCapturable
 from ktcompile.symbols import sizes as symbol_sizes
 from ktcompile.target import Target, default_threads, detect, with_vram
 from ktcompile.verify import gib

@@ -1,36 +1,21 @@
 """Steps that the host enqueues and waits for once, with the CPU's experts inside.
 
-StepGraph: a decode step whose addresses never change, replayed as one CUDA graph. StreamedStep: any other.
+StepGraph: a decode step whose addresses never change, replayed as one CUDA graph, or one for each GPU in turn.
+StreamedStep: any other.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from ktcompile.errors import KtransError
-from ktcompile.graph import copy_to
 from ktcompile.kernel import Prepared
 from ktcompile.runtime import Executable, Step
+from ktcompile.step_parts import Handover, Handovers, NotCapturable, Part, parts_of, with_handovers
 
-
-class NotCapturable(KtransError):
-    """Why a step cannot be one graph."""
-
-
-class Handover(Protocol):
-    """How a GPU's stream gives values to a prepared call on the CPU and takes its result, without the host."""
-
-    def submit(self, *values: Tensor) -> None:
-        """Enqueue: the call starts with `values`."""
-
-    def wait(self, like: Tensor) -> Tensor:
-        """Enqueue: the result, as a new tensor like this one."""
-
-
-Handovers = Callable[[Prepared, torch.device], Handover]
 Last = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
@@ -46,96 +31,14 @@ def handover() -> Handovers:
     raise NotCapturable("; ".join(lacking) or "no way of handing over to the CPU is installed")
 
 
-class _Submit(nn.Module):
-    def __init__(self, handover: Handover) -> None:
-        super().__init__()
-        self.handover = handover
-
-    def forward(self, *values: Tensor) -> Tensor:
-        self.handover.submit(*values)
-        return values[0]  # of the result's shape and type; what follows waits for `wait`
-
-
-class _Wait(nn.Module):
-    def __init__(self, handover: Handover) -> None:
-        super().__init__()
-        self.handover = handover
-
-    def forward(self, like: Tensor) -> Tensor:
-        return self.handover.wait(like)
-
-
-def with_handovers(
-    executable: Executable, main: torch.device, tokens: int, make: Handovers
-) -> tuple[fx.GraphModule, list[Prepared]]:
-    """The lowered graph with every region on the CPU as two points: submit, and wait at the first use.
-
-    Results stay on the GPU. Raises NotCapturable where a region on the CPU cannot be prepared or a second GPU is used.
-    """
-    gm = executable.gm
-    graph, root = fx.Graph(), nn.Module()
-    env: dict[fx.Node, fx.Node] = {}
-    waits: dict[fx.Node, str] = {}  # a region on the CPU -> its submodule
-    prepared: list[Prepared] = []
-
-    def prepare(step: Step, node: fx.Node) -> None:
-        name = str(node.target)
-        values = [a for a in node.args[: step.inputs] if isinstance(a, fx.Node)]
-        copied = [v for v in values if v.target is copy_to and v.args[0] in env]
-        pinned = main.type == "cuda"
-        before = prepared[-1] if prepared else None
-        can = len(copied) == len(values)
-        made = step.kernel.prepare(step.packed, step.call, tokens, pinned, before) if can else None
-        if made is None:
-            by = step.kernel.name
-            raise NotCapturable(f"{step.call.path} runs on {step.device} by {by}, which waits for the host")
-        prepared.append(made)
-        way = make(made, main)
-        root.add_module(f"{name}_submit", _Submit(way))
-        root.add_module(f"{name}_wait", _Wait(way))
-        given = tuple(env[v.args[0]] for v in copied)  # type: ignore[index]
-        env[node] = graph.call_module(f"{name}_submit", given)
-        waits[node] = f"{name}_wait"
-
-    for node in gm.graph.nodes:
-        if node.target is copy_to:
-            value, device = node.args
-            if value in waits:
-                env[node] = graph.call_module(waits[value], (env[value],))
-            elif device == str(main):
-                env[node] = env[value]  # an input, which is there already
-            continue  # to the CPU: for a region there, which takes the value itself, or for the caller
-        if node.op == "output":
-            results = tuple(r.args[0] if r.target is copy_to and r not in env else r for r in node.args[0])
-            if any(r in waits for r in results):
-                raise NotCapturable("its result is made on the CPU")
-            graph.output(tuple(env[r] for r in results))
-            continue
-        if node.op == "call_module":
-            step = gm.get_submodule(str(node.target))
-            if not isinstance(step, Step):
-                raise NotCapturable("the model owns its parameters")
-            if step.device != main:
-                if step.device.index is not None:  # a GPU has a number, the CPU has none
-                    raise NotCapturable(
-                        f"{step.call.path} runs on {step.device}; one CUDA graph records the work of one GPU, {main}"
-                    )
-                prepare(step, node)
-                continue
-            root.add_module(str(node.target), step)
-        if any(a not in env or a in waits for a in node.all_input_nodes):
-            raise NotCapturable(f"{node.name} reads what is on the CPU")
-        env[node] = graph.node_copy(node, lambda n: env[n])
-    return fx.GraphModule(root, graph), prepared
-
-
 class StepGraph:
     """An executable on inputs of fixed addresses. The first call runs it and, on a GPU, records it; others replay.
 
-    `state`: inputs that stay where they are (page pools, the page table). `shapes`: the int64 inputs that change every
-    step, by name; the caller gives them in one list a step. `last`: what the step ends with, also part of the graph: it
-    is given the first result and the changing inputs, its own result goes to the host. `first` is the first result
-    itself, on the GPU, until the next call.
+    Layers on several GPUs are a graph for each, replayed one after the other with copies between. `state`: inputs that
+    stay where they are (page pools, the page table). `shapes`: the int64 inputs that change every step, by name; the
+    caller gives them in one list a step. `last`: what the step ends with, also part of the graph: it is given the first
+    result and the changing inputs, its own result goes to the host. `first` is the first result itself, on its GPU,
+    until the next call.
     """
 
     def __init__(
@@ -148,21 +51,25 @@ class StepGraph:
         make: Handovers | None = None,
         last: Last | None = None,
     ) -> None:
-        self.main, self._last = main, last
-        pinned = main.type == "cuda"
+        self.main, self._last, self._state = main, last, state
+        needs_cpu = any(isinstance(m, Step) and m.device.index is None for m in executable.gm.modules())
+        self.gm, self.prepared = with_handovers(executable, main, tokens, make or (handover() if needs_cpu else _none))
+        self.parts, self._result = parts_of(self.gm)
+        given = [n.name for n in self.gm.graph.nodes if n.op == "placeholder"]
+        self._inputs = dict(zip(given, executable.inputs, strict=True))
         counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
         total = sum(counts.values())
-        self._host = torch.zeros(total, dtype=torch.int64, pin_memory=pinned)
-        self._device = torch.zeros(total, dtype=torch.int64, device=main)
-        self._changing = {
-            name: part.view(tuple(shapes[name]))
-            for name, part in zip(counts, self._device.split(list(counts.values())), strict=True)
-        }
-        values = {**state, **self._changing}
-        needs_cpu = any(isinstance(m, Step) and m.device != main for m in executable.gm.modules())
-        self.gm, self.prepared = with_handovers(executable, main, tokens, make or (handover() if needs_cpu else _none))
-        self._args = [values[i] if isinstance(i, str) else values[i[0]].shape[i[1]] for i in executable.inputs]
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._host = torch.zeros(total, dtype=torch.int64, pin_memory=main.type == "cuda")
+        self._numbers: dict[torch.device, Tensor] = {}
+        self._changing: dict[torch.device, dict[str, Tensor]] = {}
+        for device in dict.fromkeys(part.device for part in self.parts):
+            held = self._numbers[device] = torch.zeros(total, dtype=torch.int64, device=device)
+            split = zip(counts, held.split(list(counts.values())), strict=True)
+            self._changing[device] = {name: each.view(tuple(shapes[name])) for name, each in split}
+        self._found: dict[str, Tensor] = {}  # results of parts, by name
+        self._copies: dict[tuple[torch.device, str], Tensor] = {}
+        self._moves: list[list[tuple[Tensor, Tensor]]] = []  # before each part's graph: to, from
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         self._out: Tensor | None = None
         self.first: Tensor | None = None
 
@@ -187,37 +94,79 @@ class StepGraph:
 
     def _run(self) -> None:
         if self.main.type != "cuda":
-            self._record()
+            self._step()
             return
         with torch.cuda.device(self.main):
-            if self._graph is None:
+            if not self._graphs:
                 self._capture()
-            else:
-                self._graph.replay()
-            torch.cuda.current_stream().synchronize()
+            for moves, graph in zip(self._moves, self._graphs, strict=True):
+                for to, value in moves:
+                    to.copy_(value, non_blocking=True)
+                graph.replay()
+            wait_for(self._numbers)
+
+    def _step(self) -> None:
+        for part in self.parts:
+            args, _ = self._taken(part)
+            self._record(part, args)
 
     def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._record()  # compiles kernels, and lets libraries allocate; the step itself may be repeated
-        stream.synchronize()
+        graphs: list[torch.cuda.CUDAGraph] = []
+        with _streams_beside(self._numbers):
+            self._step()  # compiles kernels, and lets libraries allocate; the step itself may be repeated
+            wait_for(self._numbers)
+            self._moves = []
+            for part in self.parts:
+                args, moves = self._taken(part)
+                self._moves.append(moves)
+                graphs.append(self._captured(part, args))
+            wait_for(self._numbers)
+        self._graphs = graphs
+
+    def _captured(self, part: Part, args: list[Any]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream):
-                self._record()
+            with torch.cuda.device(part.device):
+                wait_for(self._numbers)
+                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                    self._record(part, args)
         except torch.OutOfMemoryError:
             raise  # it may fit another time
         except RuntimeError as error:
             raise NotCapturable(f"CUDA refused to record it: {error}") from error
-        graph.replay()
-        self._graph = graph
+        return graph
 
-    def _record(self) -> None:
-        self._device.copy_(self._host, non_blocking=True)
-        found = self.first = self.gm(*self._args)[0]
+    def _taken(self, part: Part) -> tuple[list[Any], list[tuple[Tensor, Tensor]]]:
+        """What a part is called with, and what is copied for it from another GPU: to, from. It is copied now, too."""
+        args: list[Any] = []
+        moves = []
+        for taken in part.takes:
+            name, source = (taken, taken) if isinstance(taken, str) else taken
+            value = self._found[source] if source in self._found else self._input(source, part.device)
+            if name != source and self._inputs.get(source) not in self._changing[part.device]:
+                key = part.device, name
+                if key not in self._copies:
+                    self._copies[key] = torch.empty_like(value, device=part.device)
+                moves.append((self._copies[key], value))
+                value = self._copies[key].copy_(value, non_blocking=True)
+            args.append(value)
+        return args, moves
+
+    def _input(self, name: str, device: torch.device) -> Any:
+        """An input of the whole: numbers that change are on every GPU, state where it is."""
+        what = self._inputs[name]
+        values = {**self._state, **self._changing[device]}
+        return values[what] if isinstance(what, str) else values[what[0]].shape[what[1]]
+
+    def _record(self, part: Part, args: list[Any]) -> None:
+        if part is next(p for p in self.parts if p.device == part.device):
+            self._numbers[part.device].copy_(self._host, non_blocking=True)
+        self._found |= zip(part.gives, part.gm(*args), strict=True)
+        if self._result not in part.gives:
+            return
+        found = self.first = self._found[self._result]
         if self._last is not None:
-            found = self._last(found, self._changing)
+            found = self._last(found, self._changing[part.device])
         if self._out is None:
             self._out = torch.zeros(found.shape, dtype=found.dtype, pin_memory=self.main.type == "cuda")
         self._out.copy_(found, non_blocking=True)
@@ -227,6 +176,25 @@ class StepGraph:
         for each in self.prepared:
             each.close()
         self.prepared = []
+
+
+def wait_for(devices: Iterable[torch.device]) -> None:
+    """For the current stream of each."""
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+
+
+@contextmanager
+def _streams_beside(devices: Iterable[torch.device]) -> Iterator[None]:
+    """A new stream of each GPU is its current one, once its last one has come to here; the current GPU stays."""
+    current = torch.cuda.current_device()
+    with ExitStack() as stack:
+        for device in devices:
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            stack.enter_context(torch.cuda.stream(stream))
+        stack.enter_context(torch.cuda.device(current))
+        yield
 
 
 class StreamedStep:
@@ -239,9 +207,10 @@ class StreamedStep:
     def __init__(self, executable: Executable, main: torch.device, tokens: int, make: Handovers | None = None) -> None:
         self.executable, self.main, self.tokens = executable, main, tokens
         self.gm, self.prepared = with_handovers(executable, main, tokens, make or handover())
+        self._devices = {n.meta["device"] for n in self.gm.graph.nodes if "device" in n.meta}
 
     def __call__(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The first result, on the GPU, once the step is over. `values`: inputs by name, as for the executable."""
+        """The first result, on its GPU, once the step is over. `values`: inputs by name, as for the executable."""
         args = [  # what has no device is state: it stays where it is written
             (values[i] if d is None else values[i].to(self.main, non_blocking=True))
             if isinstance(i, str)
@@ -255,7 +224,7 @@ class StreamedStep:
                 found: Tensor = self.gm(*args)[0]
         finally:
             if self.main.type == "cuda":
-                torch.cuda.current_stream(self.main).synchronize()
+                wait_for(self._devices)
             for each in self.prepared[:1]:
                 each.rest(True)
         for each in self.prepared:
@@ -273,4 +242,4 @@ def _none(prepared: Prepared, device: torch.device) -> Handover:
     raise NotCapturable("nothing runs on the CPU")
 
 
-__all__ = ["Handover", "NotCapturable", "StepGraph", "StreamedStep", "handover", "with_handovers"]
+__all__ = ["StepGraph", "StreamedStep", "handover"]

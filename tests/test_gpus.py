@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Sequence
 from itertools import combinations_with_replacement, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,15 +15,18 @@ from models import CONFIGS, captured, placed, plan, rewritten
 from strategies import any_model, phases
 from test_simulated_gpu import HOST, at_once, check_forced, forced, without_planes
 from test_simulated_gpu import model as simulated
+from test_step_graph import graph_of
 from torch import fx
 
 from ktcompile import Device, RulesError, Target, copies, device_of, is_scalar, load, regions
-from ktcompile.model import PHASES
+from ktcompile.graph import copy_to
+from ktcompile.model import PHASES, _sampled
 from ktcompile.passes.fold import Fold
 from ktcompile.passes.insert_copies import InsertCopies
 from ktcompile.passes.place import Place, _cut, _layer
 from ktcompile.runtime import check_one_layout
-from ktcompile.step_graph import NotCapturable, with_handovers
+from ktcompile.sampling import Choices, Sampled, Sampling, sample
+from ktcompile.step_graph import StreamedStep
 from ktcompile.target import fake, with_sizes
 from ktcompile.verify import used
 
@@ -152,10 +156,48 @@ def test_bytes_are_those_of_the_plan(model: Any) -> None:
     assert pools.nbytes == sum(h.cache for h in held.values())
 
 
-def test_a_graph_is_of_one_gpu(model: Any) -> None:
-    """The reason is told, and a step then runs region by region."""
-    with pytest.raises(NotCapturable, match=r"runs on cpu:2; one CUDA graph records the work of one GPU, cpu:1"):
-        with_handovers(model.phases["decode"], torch.device("cpu:1"), 1, lambda prepared, device: None)  # type: ignore
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_step_is_a_part_for_each_gpu(count: int, tmp_path: Path) -> None:
+    """One after the other, with the residual stream and what all layers read copied between; the same tokens."""
+    model = load(target=machine(count), dtype="fp32", context=64, rules=without_planes(tmp_path))
+    rows = 2
+    one, other = model.new_cache(rows), model.new_cache(rows)
+    graph = graph_of(model, other, last=_sampled)
+    names = [f"cpu:{i + 1}" for i in range(count)]
+    assert [str(part.device) for part in graph.parts] == names
+    for name, part in zip(names, graph.parts, strict=True):
+        for node in part.gm.graph.nodes:
+            step = part.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+            assert str(getattr(step, "device", name)) == name
+        assert not any(n.target is copy_to for n in part.gm.graph.nodes)
+    for i, temperature in enumerate((0.0, 3.0, 0.7)):
+        choices = Choices.of([Sampling(temperature, seed=1), Sampling(1.0, 1.0, top_k=3, seed=2)], [i + 1] * rows)
+        ids = [5 + i, 9 + i]
+        want = model.step(torch.tensor(ids), torch.tensor(one.lengths), [1] * rows, torch.arange(rows), one)
+        other.check([1] * rows)
+        numbers = [*ids, *other.lengths, *range(rows), *other.rows(), *choices.packed().flatten().tolist()]
+        found = Sampled.unpacked(graph(numbers))
+        other.advance()
+        assert graph.first is not None and (graph.first[0] - want).norm() <= 1e-5 * want.norm()
+        assert found.ids() == sample(want, choices).ids()
+    for a, b in zip(one.pools, other.pools, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    graph.close()
+
+
+def test_prompts_on_the_streams_of_several_gpus(model: Any) -> None:
+    streamed = StreamedStep(model.phases["prefill"], torch.device("cpu:1"), 16)
+    one, other = model.new_cache(2), model.new_cache(2)
+    ids, counts, keep = torch.arange(20, 32), [7, 5], torch.arange(12)
+    positions = torch.cat([torch.arange(c) for c in counts])
+    want = model.step(ids, positions, counts, keep, one)
+    other.begin(counts)
+    values = {"ids": ids[None], "positions": positions[None], "keep": keep}
+    values |= {f"cache.{n}": getattr(other, n) for n in ("page_table", "seq_len", "query_start")}
+    values |= {f"cache.layers.{i}.pool": pool for i, pool in enumerate(other.pools)}
+    got = streamed(values)[0]
+    assert (got - want).norm() <= 1e-5 * want.norm()
+    streamed.close()
 
 
 def test_the_default_rules() -> None:

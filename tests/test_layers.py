@@ -36,6 +36,7 @@ ORDER = (
     "compile_cache",
     "counters",
     "sampling",
+    "step_parts",
     "step_graph",
     "model",
     "dynamo",

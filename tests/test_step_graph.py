@@ -17,7 +17,8 @@ from ktcompile.backends.handover import Flags, HostFunctions
 from ktcompile.errors import KtransError
 from ktcompile.model import _sampled, load
 from ktcompile.sampling import Choices, Sampled, Sampling, sample
-from ktcompile.step_graph import NotCapturable, StepGraph, StreamedStep, handover, with_handovers
+from ktcompile.step_graph import StepGraph, StreamedStep, handover
+from ktcompile.step_parts import NotCapturable, with_handovers
 
 MAIN = torch.device("cpu:1")
 LAYERS = 5

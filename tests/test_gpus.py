@@ -156,14 +156,24 @@ def test_bytes_are_those_of_the_plan(model: Any) -> None:
     assert pools.nbytes == sum(h.cache for h in held.values())
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_step_is_a_part_for_each_gpu(count: int, tmp_path: Path) -> None:
+HEAD_FIRST = """  - place:
+      rules:
+        "lm_head": gpu
+        "*.experts": cpu
+        "*": gpus
+"""
+
+
+@pytest.mark.parametrize(("order", "more"), [("1", ""), ("12", ""), ("123", ""), ("121", HEAD_FIRST)])
+def test_a_step_is_a_part_for_each_gpu(order: str, more: str, tmp_path: Path) -> None:
     """One after the other, with the residual stream and what all layers read copied between; the same tokens."""
-    model = load(target=machine(count), dtype="fp32", context=64, rules=without_planes(tmp_path))
+    rules = without_planes(tmp_path)
+    rules.write_text(rules.read_text() + more)
+    model = load(target=machine(len(set(order))), dtype="fp32", context=64, rules=rules)
     rows = 2
     one, other = model.new_cache(rows), model.new_cache(rows)
     graph = graph_of(model, other, last=_sampled)
-    names = [f"cpu:{i + 1}" for i in range(count)]
+    names = [f"cpu:{i}" for i in order]
     assert [str(part.device) for part in graph.parts] == names
     for name, part in zip(names, graph.parts, strict=True):
         for node in part.gm.graph.nodes:

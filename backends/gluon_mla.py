@@ -1,7 +1,8 @@
 """The kernel of `mla_attend` for Hopper GPUs, in Gluon: Triton with layouts and asynchronous products in our hands.
 
-`triton_mla._attend` defines it and runs wherever this one does not; both take the same arguments and give the same
-numbers. A program is 64 rows and a part of the context, in blocks of 64 keys, with warps of three kinds:
+`triton_mla._attend` defines it and runs wherever this one does not; both take the same arguments, here with descriptors
+of the cache (`rows`), and give the same numbers. A program is 64 rows and a part of the context, in blocks of 64 keys,
+with warps of three kinds:
 
 - `_fetch`, one warp, has the memory accelerator copy block after block into one of two places: boxes of a page's rows
   and 64 columns, wherever the page table says
@@ -315,7 +316,7 @@ def _queries(
 
 @gluon_jit
 def attend(
-    q_latent: tensor,  # arguments as of `triton_mla._attend`, but that the cache is descriptors, see `rows`
+    q_latent: tensor,  # arguments as of `triton_mla._attend`; `latents` and `keys` are what `rows` gives
     q_latent_token_stride: tensor,
     q_latent_head_stride: tensor,
     q_rope: tensor,

@@ -15,7 +15,7 @@ from models import CONFIGS, captured, placed, plan, rewritten
 from strategies import any_model, phases
 from test_simulated_gpu import HOST, at_once, check_forced, forced, without_planes
 from test_simulated_gpu import model as simulated
-from test_step_graph import graph_of
+from test_step_graph import check_choices, check_streamed, graph_of
 from torch import fx
 
 from ktcompile import Device, RulesError, Target, copies, device_of, is_scalar, load, regions
@@ -25,7 +25,6 @@ from ktcompile.passes.fold import Fold
 from ktcompile.passes.insert_copies import InsertCopies
 from ktcompile.passes.place import Place, _cut, _layer
 from ktcompile.runtime import check_one_layout
-from ktcompile.sampling import Choices, Sampled, Sampling, sample
 from ktcompile.step_graph import StreamedStep
 from ktcompile.target import fake, with_sizes
 from ktcompile.verify import used
@@ -170,8 +169,7 @@ def test_a_step_is_a_part_for_each_gpu(order: str, more: str, tmp_path: Path) ->
     rules = without_planes(tmp_path)
     rules.write_text(rules.read_text() + more)
     model = load(target=machine(len(set(order))), dtype="fp32", context=64, rules=rules)
-    rows = 2
-    one, other = model.new_cache(rows), model.new_cache(rows)
+    one, other = model.new_cache(2), model.new_cache(2)
     graph = graph_of(model, other, last=_sampled)
     names = [f"cpu:{i}" for i in order]
     assert [str(part.device) for part in graph.parts] == names
@@ -180,16 +178,7 @@ def test_a_step_is_a_part_for_each_gpu(order: str, more: str, tmp_path: Path) ->
             step = part.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
             assert str(getattr(step, "device", name)) == name
         assert not any(n.target is copy_to for n in part.gm.graph.nodes)
-    for i, temperature in enumerate((0.0, 3.0, 0.7)):
-        choices = Choices.of([Sampling(temperature, seed=1), Sampling(1.0, 1.0, top_k=3, seed=2)], [i + 1] * rows)
-        ids = [5 + i, 9 + i]
-        want = model.step(torch.tensor(ids), torch.tensor(one.lengths), [1] * rows, torch.arange(rows), one)
-        other.check([1] * rows)
-        numbers = [*ids, *other.lengths, *range(rows), *other.rows(), *choices.packed().flatten().tolist()]
-        found = Sampled.unpacked(graph(numbers))
-        other.advance()
-        assert graph.first is not None and (graph.first[0] - want).norm() <= 1e-5 * want.norm()
-        assert found.ids() == sample(want, choices).ids()
+    check_choices(model, one, graph, other, (0.0, 3.0, 0.7))
     for a, b in zip(one.pools, other.pools, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     graph.close()
@@ -198,15 +187,7 @@ def test_a_step_is_a_part_for_each_gpu(order: str, more: str, tmp_path: Path) ->
 def test_prompts_on_the_streams_of_several_gpus(model: Any) -> None:
     streamed = StreamedStep(model.phases["prefill"], torch.device("cpu:1"), 16)
     one, other = model.new_cache(2), model.new_cache(2)
-    ids, counts, keep = torch.arange(20, 32), [7, 5], torch.arange(12)
-    positions = torch.cat([torch.arange(c) for c in counts])
-    want = model.step(ids, positions, counts, keep, one)
-    other.begin(counts)
-    values = {"ids": ids[None], "positions": positions[None], "keep": keep}
-    values |= {f"cache.{n}": getattr(other, n) for n in ("page_table", "seq_len", "query_start")}
-    values |= {f"cache.layers.{i}.pool": pool for i, pool in enumerate(other.pools)}
-    got = streamed(values)[0]
-    assert (got - want).norm() <= 1e-5 * want.norm()
+    check_streamed(model, one, streamed, other, [7, 5])
     streamed.close()
 
 

@@ -53,6 +53,36 @@ def step(model: Any, cache: Any, ids: list[int]) -> Tensor:
     return logits
 
 
+def check_choices(model: Any, one: Any, graph: StepGraph, other: Any, temperatures: tuple[float, ...]) -> None:
+    """Steps of two requests whose settings change: logits and tokens of the graph on `other` are those of `one`."""
+    rows = 2
+    for i, temperature in enumerate(temperatures):
+        choices = Choices.of([Sampling(temperature, seed=1), Sampling(1.0, 1.0, top_k=3, seed=2)], [i + 1] * rows)
+        want = step(model, one, [5 + i, 9 + i])
+        other.check([1] * rows)
+        numbers = [5 + i, 9 + i, *other.lengths, *range(rows), *other.rows(), *choices.packed().flatten().tolist()]
+        found = Sampled.unpacked(graph(numbers))
+        other.advance()
+        assert graph.first is not None and (graph.first[0] - want).norm() <= 1e-5 * want.norm()
+        assert found.ids() == sample(want, choices).ids()
+
+
+def check_streamed(model: Any, one: Any, streamed: StreamedStep, other: Any, counts: list[int]) -> None:
+    """A step that brings so many tokens of each request: logits on `other` are those of `one`."""
+    total = sum(counts)
+    ids = torch.arange(20, 20 + total)
+    positions = torch.cat([n + torch.arange(c) for n, c in zip(one.lengths, counts, strict=True)])
+    keep = torch.arange(total)
+    want = model.step(ids, positions, counts, keep, one)
+    other.begin(counts)
+    values = {"ids": ids[None], "positions": positions[None], "keep": keep}
+    values |= {f"cache.{n}": getattr(other, n) for n in ("page_table", "seq_len", "query_start")}
+    values |= {f"cache.layers.{i}.pool": pool for i, pool in enumerate(other.pools)}
+    got = streamed(values)[0]
+    other.advance()
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
 @pytest.mark.parametrize("requests", [1, 3])
 def test_the_same_logits_as_region_by_region(model: Any, requests: int) -> None:
     one, other = model.new_cache(requests), model.new_cache(requests)
@@ -112,18 +142,9 @@ def test_every_region_on_the_cpu_is_two_points(model: Any) -> None:
 
 def test_a_step_can_end_with_the_choice_of_tokens(model: Any) -> None:
     """Whose settings change from call to call of one graph; the logits stay."""
-    rows = 2
-    one, other = model.new_cache(rows), model.new_cache(rows)
+    one, other = model.new_cache(2), model.new_cache(2)
     graph = graph_of(model, other, last=_sampled)
-    for i, temperature in enumerate((0.0, 3.0)):
-        choices = Choices.of([Sampling(temperature, seed=1), Sampling(1.0, 1.0, top_k=3, seed=2)], [i + 1] * rows)
-        want = step(model, one, [5 + i, 9 + i])
-        other.check([1] * rows)
-        numbers = [5 + i, 9 + i, *other.lengths, *range(rows), *other.rows(), *choices.packed().flatten().tolist()]
-        found = Sampled.unpacked(graph(numbers))
-        other.advance()
-        assert graph.first is not None and (graph.first[0] - want).norm() <= 1e-5 * want.norm()
-        assert found.ids() == sample(want, choices).ids()
+    check_choices(model, one, graph, other, (0.0, 3.0))
     graph.close()
 
 
@@ -148,18 +169,7 @@ def test_steps_of_any_size_on_the_stream(model: Any) -> None:
     streamed = StreamedStep(model.phases["prefill"], MAIN, 16)
     assert all(a.inputs[0] is b.inputs[0] for a, b in zip(streamed.prepared, streamed.prepared[1:], strict=False))
     for counts in ([7, 9], [3, 0], [1, 1]):
-        total = sum(counts)
-        ids = torch.arange(20, 20 + total)
-        positions = torch.cat([n + torch.arange(c) for n, c in zip(one.lengths, counts, strict=True)])
-        keep = torch.arange(total)
-        want = model.step(ids, positions, counts, keep, one)
-        other.begin(counts)
-        values = {"ids": ids[None], "positions": positions[None], "keep": keep}
-        values |= {f"cache.{n}": getattr(other, n) for n in ("page_table", "seq_len", "query_start")}
-        values |= {f"cache.layers.{i}.pool": pool for i, pool in enumerate(other.pools)}
-        got = streamed(values)[0]
-        other.advance()
-        assert (got - want).norm() <= 1e-5 * want.norm()
+        check_streamed(model, one, streamed, other, counts)
     with pytest.raises(ValueError, match="17 tokens"):
         streamed.prepared[0].resize(17)
     streamed.close()

@@ -1,8 +1,9 @@
 """mla on a GPU with FlashInfer's attention: `triton_mla` with another core, for many requests or long contexts.
 
 Everything but the core is Triton's, and so are the layouts: one phase may run `triton_planes` and the other
-`flashinfer_planes`. They are first in the lists, so they run where FlashInfer is installed; a page made on a machine
-without a GPU takes that machine for an example of what is installed.
+`flashinfer_planes`. They are first in the lists, so they run where FlashInfer is installed, unless `gluon_mla` takes
+the step, which is faster (docs/performance.md); a page made on a machine without a GPU takes that machine for an
+example of what is installed.
 
 FlashInfer (arXiv 2501.01005; written for and tested with flashinfer-python 0.5.3, which needs apache-tvm-ffi, nvcc and
 ninja, and compiles for 20 s when it is first used) cuts the work of a step on the host: its `plan` wants every length
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ktcompile import Region, Target, value_of
+from ktcompile.backends import gluon_mla
 from ktcompile.backends.mla import TritonMLA, TritonMLAPlanes
 from ktcompile.backends.triton_mla import mla_attend
 from ktcompile.kernel import StepFacts
@@ -294,7 +296,11 @@ def _refuses(region: Region, target: Target) -> str | None:
     if not torch.cuda.is_available():
         return unavailable()
     device = target[region.device or target.main.name].torch
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    is_here = device.type == "cuda" and device.index < torch.cuda.device_count()  # else it is imagined
+    if is_here and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"FlashInfer needs compute capability 8.0 for this; {region.device} has {major}.{minor}"
-    return unavailable() or uncompilable()
+    lacking = unavailable() or uncompilable()
+    if lacking is None and is_here and shape.heads >= gluon_mla.ROWS and gluon_mla.refuses(device.index) is None:
+        return f"on {region.device} Triton's kernel for Hopper is faster, and needs no plan by the host"
+    return lacking

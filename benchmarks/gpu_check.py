@@ -16,7 +16,7 @@ import torch
 from ktcompile.checkpoint import open_checkpoint
 from ktcompile.generate import Sampling, Session, stop_tokens
 from ktcompile.model import load
-from ktcompile.sampling import Choices, sample
+from ktcompile.sampling import Choices, Sampled, sample
 from ktcompile.target import Target, detect
 
 PROMPTS = (
@@ -154,10 +154,10 @@ def sampled(gpu, checkpoint, rows: int = 4, steps: int = 50) -> dict[str, object
         start = time.perf_counter()
         logits = gpu.step(*given, one)
         middle = time.perf_counter()
-        found = gpu.next_tokens(*given, other, choices)
+        found = gpu.next_tokens(*given, other, requests[:rows])
         tokens_s.append(time.perf_counter() - middle)
         logits_s.append(middle - start)
-        want = sample(logits.cpu(), choices)
+        want = Sampled.of(sample(logits.cpu(), choices))
         same += [a == b for a, b in zip(found.ids(), want.ids(), strict=True)]
     return {
         "tokens": len(same),

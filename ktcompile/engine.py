@@ -20,7 +20,7 @@ from ktcompile.errors import BusyError, CapacityError, KtransError
 from ktcompile.generate import chunk_of
 from ktcompile.penalties import penalised
 from ktcompile.request import Event, Finished, Handle, Piece, Reason, Request
-from ktcompile.sampling import Choices, Sampling, sample
+from ktcompile.sampling import Choices, Sampled, Sampling, sample
 from ktcompile.schedule import MIXED_CHUNK, Active, Schedule
 from ktcompile.symbols import PAGE
 from ktcompile.text import Text
@@ -275,18 +275,17 @@ class Engine:
             keep.append(len(ids) - 1)
         greedy = Sampling(0.0)
         how = [a.sampling if count == a.pending else greedy for a, count in filled]
-        choices = Choices.of(how, [a.stored + count for a, count in filled])
-        given = torch.tensor(ids), torch.tensor(positions), [count for _, count in filled], torch.tensor(keep), batch
+        given = ids, positions, [count for _, count in filled], keep, batch
         start = time.perf_counter()
         try:
             if any(count == a.pending and a.request.needs_logits for a, count in rows):
                 masks = self._masks(rows)
+                choices = Choices.of(how, [a.stored + count for a, count in filled])
                 return _from_logits(rows, self.model.step(*given), choices, masks)
-            sampled = self.model.next_tokens(*given, choices)
+            sampled = self.model.next_tokens(*given, how)
         finally:
             self._model_s += time.perf_counter() - start
-        tokens, logprobs = sampled.tokens.tolist(), sampled.logprobs.tolist()
-        return [_Chosen(t, p) for t, p in zip(tokens[: len(rows)], logprobs, strict=False)]
+        return [_Chosen(t, p) for t, p in zip(sampled.tokens[: len(rows)], sampled.logprobs, strict=False)]
 
     def _masks(self, rows: Sequence[tuple[Active, int]]) -> dict[int, Future[Tensor]]:
         """The tokens that grammars allow after each row that has one, found while the model works."""
@@ -397,11 +396,10 @@ def _from_logits(
         if i in masks:
             allowed = masks[i].result()[: logits.shape[1]]
             adjusted[i].masked_fill_(~allowed, -torch.inf)
-    sampled = sample(adjusted, choices)
-    tokens, logprobs = sampled.tokens.tolist(), sampled.logprobs.tolist()
+    sampled = Sampled.of(sample(adjusted, choices))
     found = []
     for i, (a, _) in enumerate(rows):
-        token, logprob = tokens[i], logprobs[i]
+        token, logprob = sampled.tokens[i], sampled.logprobs[i]
         top: tuple[tuple[int, float], ...] = ()
         if token >= 0 and a.request.needs_logits:
             own = logits[i].float().log_softmax(-1)

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from ktcompile.cache import PagedCache
 from ktcompile.errors import CapacityError, KtransError
-from ktcompile.sampling import Choices, Sampling
+from ktcompile.sampling import Sampling
 from ktcompile.template import render
 
 CHUNK = 512
@@ -115,10 +114,8 @@ class Session:
     def _next(self, ids: Sequence[int]) -> int:
         """The token that follows these. KtransError where the logits are no distribution."""
         first, count = len(self.seen), len(ids)
-        positions = torch.arange(first, first + count)
-        choices = Choices.of([self.sampling], [first + count])
-        keep = torch.tensor([count - 1])
-        (token,) = self.model.next_tokens(torch.tensor(ids), positions, [count], keep, self.cache, choices).ids()
+        step = ids, range(first, first + count), [count], [count - 1], self.cache, [self.sampling]
+        (token,) = self.model.next_tokens(*step).ids()
         self.seen += ids
         return int(token)
 

@@ -31,7 +31,7 @@ from ktcompile.pipeline import Context, Note, Pass, Pipeline, load_rules, make_p
 from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Step, Store, check_one_layout, lower
-from ktcompile.sampling import Choices, Sampled, sample
+from ktcompile.sampling import Choices, Sampled, Sampling, sample
 from ktcompile.step_graph import StepGraph, StreamedStep
 from ktcompile.step_parts import NotCapturable
 from ktcompile.symbols import sizes as symbol_sizes
@@ -55,6 +55,9 @@ CACHE_DTYPES = ("fp8",)
 
 MAX_GRAPH_TOKENS = 32
 """Tokens of a decode step that is recorded as one CUDA graph."""
+
+Ints = Tensor | Sequence[int]
+"""Whole numbers in a row, on the CPU."""
 
 _FAMILIES = {"deepseek_v3": "deepseek-v3", "deepseek_v2": "deepseek-v3", "kimi_k2": "deepseek-v3"}
 
@@ -398,31 +401,38 @@ class _Forward:
         """What was computed so far; other models of this process share the CPU's threads, and count."""
         return work(self._counting, self._clock)
 
-    def step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
+    def step(self, ids: Ints, positions: Ints, counts: Sequence[int], keep: Ints, cache: PagedCache) -> Tensor:
         """Logits `[len(keep), vocabulary]` of rows `keep`, float32; ragged: ids and positions `[T]`, counts `[R]`.
 
+        Integers are lists, or tensors on the CPU; of a decode step that is a CUDA graph, lists take less time.
         CapacityError where a request outgrows the cache, or the GPU's memory is full: the cache then holds what it held
         before, and the next call may ask for less.
         """
         return self._checked_step(ids, positions, counts, keep, cache, None)
 
     def next_tokens(
-        self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache, choices: Choices
+        self,
+        ids: Ints,
+        positions: Ints,
+        counts: Sequence[int],
+        keep: Ints,
+        cache: PagedCache,
+        how: Sequence[Sampling],
     ) -> Sampled:
         """As `step`, but the token that follows each row `keep`, on the CPU: chosen on the GPU, with the step.
 
-        `choices`: of as many rows, on the CPU.
+        `how`: the token of each of these rows is chosen, at the position after the row's.
         """
-        return Sampled.unpacked(self._checked_step(ids, positions, counts, keep, cache, choices))
+        return Sampled.of(self._checked_step(ids, positions, counts, keep, cache, how))
 
     def _checked_step(
         self,
-        ids: Tensor,
-        positions: Tensor,
+        ids: Ints,
+        positions: Ints,
         counts: Sequence[int],
-        keep: Tensor,
+        keep: Ints,
         cache: PagedCache,
-        choices: Choices | None,
+        how: Sequence[Sampling] | None,
     ) -> Tensor:
         cache.check(counts)
         facts = StepFacts(tuple(cache.lengths), tuple(counts), cache.all_pages)
@@ -430,40 +440,41 @@ class _Forward:
             for kernel in self._told:
                 kernel.begin(facts)
             asked = (
-                f"a step of {ids.numel()} tokens for {len(counts)} requests, "
+                f"a step of {len(ids)} tokens for {len(counts)} requests, "
                 f"the longest of {max(cache.lengths)} tokens of {cache.context}"
             )
             with out_of_memory(asked, lambda: self._free(cache)), self._clock.step() if self._clock else nullcontext():
-                return self._step(ids, positions, counts, keep, cache, choices)
+                return self._step(ids, positions, counts, keep, cache, how)
         finally:
             for kernel in self._told:
                 kernel.end()
 
     def _step(
         self,
-        ids: Tensor,
-        positions: Tensor,
+        ids: Ints,
+        positions: Ints,
         counts: Sequence[int],
-        keep: Tensor,
+        keep: Ints,
         cache: PagedCache,
-        choices: Choices | None,
+        how: Sequence[Sampling] | None,
     ) -> Tensor:
-        """Logits, or with `choices` packed tokens."""
+        """Logits, or told `how` packed tokens."""
         main = self.settings.target.main.torch
-        if self._is_decode(counts, keep) and main.type == "cuda" and self.graphs.get(len(counts), "") == "":
-            numbers = [*ids.tolist(), *positions.tolist(), *keep.tolist(), *cache.rows()]
-            if choices is not None:
-                numbers += choices.packed().flatten().tolist()
+        if main.type == "cuda" and self._is_decode(counts, keep) and self.graphs.get(len(counts), "") == "":
+            numbers = [*_listed(ids), *_listed(positions), *_listed(keep), *cache.rows()]
+            if how is not None:
+                numbers += Choices.numbers(how, [p + 1 for p in _listed(positions)])
             try:
-                found = self._graph_of(cache, choices is not None)(numbers)
+                found = self._graph_of(cache, how is not None)(numbers)
             except NotCapturable as error:
                 self.graphs[len(counts)] = str(error)
                 warnings.warn(f"decode steps of {len(counts)} tokens are no CUDA graph: {error}", stacklevel=2)
             else:
                 cache.advance()
-                return found.clone() if choices is not None else found[0].clone()
+                return found if how is not None else found[0].clone()  # tokens are read before the next step
+        ids, positions, keep = (torch.as_tensor(given, dtype=torch.int64) for given in (ids, positions, keep))
         cache.begin(counts)
-        decode = len(counts) == 1 and ids.numel() == 1 and keep.numel() == 1
+        decode = len(counts) == 1 and len(ids) == 1 and len(keep) == 1
         values = {
             "ids": ids[None],
             "positions": positions[None],
@@ -474,13 +485,14 @@ class _Forward:
         }
         values.update({f"cache.layers.{i}.pool": pool for i, pool in enumerate(cache.pools)})
         executable = self.phases["decode" if decode else "prefill"]
-        streamed = self._stream_of(executable, ids.numel())
+        streamed = self._stream_of(executable, len(ids))
         logits: Tensor = (streamed(values) if streamed else executable(values)[0])[0]
         cache.advance()
-        if choices is None:
+        if how is None:
             return logits.cpu() if streamed else logits
+        choices = Choices.of(how, (positions[keep] + 1).tolist())
         with torch.inference_mode():
-            return sample(logits, choices.to(logits.device)).packed().cpu()
+            return sample(logits, choices.to(logits.device))
 
     def _stream_of(self, executable: Executable, tokens: int) -> StreamedStep | None:
         """The executable for this many tokens with the CPU's experts on the GPU's stream; None where it cannot be."""
@@ -500,10 +512,10 @@ class _Forward:
             self._streamed[executable] = held
         return held
 
-    def _is_decode(self, counts: Sequence[int], keep: Tensor) -> bool:
+    def _is_decode(self, counts: Sequence[int], keep: Ints) -> bool:
         """Whether every request brings one token and wants its logits."""
         count = len(counts)
-        return count <= MAX_GRAPH_TOKENS and all(c == 1 for c in counts) and keep.tolist() == [*range(count)]
+        return count <= MAX_GRAPH_TOKENS and all(c == 1 for c in counts) and _listed(keep) == [*range(count)]
 
     def _graph_of(self, cache: PagedCache, samples: bool) -> StepGraph:
         """The cache's decode step, recorded at its first call. `samples`: it ends with packed tokens."""
@@ -584,9 +596,13 @@ class _Forward:
         return self.new_cache(batch)
 
 
+def _listed(given: Ints) -> list[int]:
+    return given.tolist() if isinstance(given, Tensor) else [*given]
+
+
 def _sampled(logits: Tensor, changing: Mapping[str, Tensor]) -> Tensor:
     """The packed tokens of a step's logits `[1, rows, vocabulary]`: the last nodes of its graph."""
-    return sample(logits[0], Choices.unpacked(changing["choices"])).packed()
+    return sample(logits[0], Choices.unpacked(changing["choices"]))
 
 
 def load(

@@ -6,7 +6,9 @@ sums are of integers, so their order does not matter.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from secrets import randbits
+from struct import pack, unpack
 
 import torch
 from torch import Tensor
@@ -62,9 +64,16 @@ class Choices:
     @staticmethod
     def of(requests: Sequence[Sampling], positions: Sequence[int]) -> "Choices":
         """Of rows, on the CPU. `positions`: those of the tokens to choose. A request without a seed has seed 0."""
-        drawn = [uniform(r.seed or 0, p) for r, p in zip(requests, positions, strict=True)]
-        rows = [(r.temperature, r.top_k, r.top_p, r.min_p, u) for r, u in zip(requests, drawn, strict=True)]
-        return Choices(*torch.tensor(rows, dtype=torch.float64).reshape(-1, len(_FIELDS)).unbind(1))
+        return Choices(*torch.tensor(_fields(requests, positions), dtype=torch.float64).unbind(0))
+
+    @staticmethod
+    def numbers(requests: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+        """What `Choices.of(requests, positions).packed()` holds, row by row, made without a tensor.
+
+        A call of torch takes microseconds, but a hundred of them once the experts have emptied the CPU's caches.
+        """
+        values = [*chain.from_iterable(_fields(requests, positions))]
+        return [*unpack(f"{len(values)}q", pack(f"{len(values)}d", *values))]
 
     @staticmethod
     def shape(rows: int) -> tuple[int, int]:
@@ -89,33 +98,36 @@ class Choices:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Tokens `[rows]`, int64, and the logarithms of their probabilities, float32.
+    """Tokens, and the logarithms of their probabilities, a row each, on the host.
 
-    These are under the logits as they were given: of temperature 1, with every token kept. A token is -1 where a row's
-    logits hold NaN or +inf, or nothing but -inf; its probability is then NaN.
+    The latter are under the logits as they were given: of temperature 1, with every token kept. A token is -1 where a
+    row's logits hold NaN or +inf, or nothing but -inf; its probability is then NaN.
     """
 
-    tokens: Tensor
-    logprobs: Tensor
-
-    def packed(self) -> Tensor:
-        """Both, as float64 `[2, rows]`: one copy brings them to the host."""
-        return torch.stack([self.tokens.double(), self.logprobs.double()])
+    tokens: list[int]
+    logprobs: list[float]
 
     @staticmethod
-    def unpacked(packed: Tensor) -> "Sampled":
-        """From the `packed`."""
-        return Sampled(packed[0].long(), packed[1].float())
+    def of(found: Tensor) -> "Sampled":
+        """What `sample` returned; waits for the device."""
+        tokens, logprobs = found.tolist()
+        return Sampled([int(token) for token in tokens], logprobs)
 
     def ids(self) -> list[int]:
-        """The tokens, on the host. Raises KtransError naming rows that have none."""
-        found: list[int] = self.tokens.tolist()
-        if bad := [str(row) for row, token in enumerate(found) if token < 0]:
+        """The tokens. Raises KtransError naming rows that have none."""
+        if bad := [str(row) for row, token in enumerate(self.tokens) if token < 0]:
             raise KtransError(
-                f"the logits of row {', '.join(bad)} of {len(found)} are no distribution: they hold NaN or +inf, or "
-                "nothing but -inf"
+                f"the logits of row {', '.join(bad)} of {len(self.tokens)} are no distribution: they hold NaN or +inf, "
+                "or nothing but -inf"
             )
-        return found
+        return self.tokens
+
+
+def _fields(requests: Sequence[Sampling], positions: Sequence[int]) -> tuple[list[float], ...]:
+    """Each of `_FIELDS`, of all rows."""
+    drawn = [uniform(r.seed or 0, p) for r, p in zip(requests, positions, strict=True)]
+    settings = ([float(getattr(r, name)) for r in requests] for name in _FIELDS[:-1])
+    return *settings, drawn
 
 
 def uniform(seed: int, position: int) -> float:
@@ -136,8 +148,10 @@ def _mixed(value: int) -> int:
     return value ^ value >> 31
 
 
-def sample(logits: Tensor, choices: Choices) -> Sampled:
-    """One token a row of `logits [rows, vocabulary]`, any float type, computed in float32, where the logits are.
+def sample(logits: Tensor, choices: Choices) -> Tensor:
+    """What `Sampled.of` reads, float64 `[2, rows]`, where the logits are: one copy brings it to the host.
+
+    One token a row of `logits [rows, vocabulary]`, any float type, computed in float32, where the logits are.
 
     At temperature 0 it is the most likely token, of several the one of the lowest id. Else the probability of a token
     is proportional to w = exp((logit - largest) / temperature), rounded down to 1 / ONE, among those kept, which are
@@ -160,7 +174,8 @@ def sample(logits: Tensor, choices: Choices) -> Sampled:
         token = torch.where(choices.temperature == 0, token, drawn)
     token = token.clamp(max=logits.shape[1] - 1)  # of NaN, anything may have come
     logprobs = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-    return Sampled(torch.where(largest[:, 0].abs() < torch.inf, token, -1), logprobs)
+    token = torch.where(largest[:, 0].abs() < torch.inf, token, -1)
+    return torch.stack([token.double(), logprobs.double()])
 
 
 def _drawn(logits: Tensor, largest: Tensor, choices: Choices, on_host: bool) -> Tensor:

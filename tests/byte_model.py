@@ -18,7 +18,7 @@ from ktcompile.engine import Engine
 from ktcompile.pace import Pace
 from ktcompile.penalties import penalised
 from ktcompile.request import Request
-from ktcompile.sampling import Choices, Sampled, sample
+from ktcompile.sampling import Choices, Sampled, Sampling, sample
 from ktcompile.symbols import PAGE
 
 VOCABULARY = 256
@@ -52,7 +52,7 @@ def alone(request: Request, context: int) -> list[int]:
     most = context - start + 1
     while len(tokens) - start < (most if request.most is None else min(most, request.most)):
         row = penalised(logits_of(tokens), request.penalties, request.prompt, tokens[start:])
-        (token,) = sample(row[None], Choices.of([request.sampling], [len(tokens)])).ids()
+        (token,) = Sampled.of(sample(row[None], Choices.of([request.sampling], [len(tokens)]))).ids()
         if token in request.stop:
             break
         tokens.append(token)
@@ -72,19 +72,23 @@ class ByteModel:
     def new_cache(self, requests: int = 1, context: int | None = None) -> PagedCache:
         return PagedCache(self.config, requests=requests, context=context or self.context, ragged=True)  # type: ignore[arg-type]
 
-    def step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
+    def step(
+        self, ids: list[int], positions: list[int], counts: Sequence[int], keep: list[int], cache: PagedCache
+    ) -> Tensor:
         self.logit_steps += 1
         return self._step(ids, positions, counts, keep, cache)
 
-    def _step(self, ids: Tensor, positions: Tensor, counts: Sequence[int], keep: Tensor, cache: PagedCache) -> Tensor:
+    def _step(
+        self, ids: list[int], positions: list[int], counts: Sequence[int], keep: list[int], cache: PagedCache
+    ) -> Tensor:
         cache.begin(counts)
         self.seen.append(list(counts))
         flat = cache.pools[0].view(-1, 2)
-        flat[slots(cache.page_table, cache.seq_len, cache.query_start, len(ids), PAGE), 0] = ids.float()
+        flat[slots(cache.page_table, cache.seq_len, cache.query_start, len(ids), PAGE), 0] = torch.tensor(ids).float()
         rows = []
         start = 0
         for request, (length, count) in enumerate(zip(cache.lengths, counts, strict=True)):
-            assert positions[start : start + count].tolist() == [*range(length, length + count)]
+            assert positions[start : start + count] == [*range(length, length + count)]
             pages = cache.page_table[request, : -(-(length + count) // PAGE)]
             tokens = cache.pools[0][pages, :, 0].flatten().int().tolist()
             if CRASH in tokens[: length + count]:
@@ -92,18 +96,19 @@ class ByteModel:
             rows += [tokens[: length + i + 1] for i in range(count)]
             start += count
         cache.advance()
-        return torch.stack([logits_of(rows[i]) for i in keep.tolist()])
+        return torch.stack([logits_of(rows[i]) for i in keep])
 
     def next_tokens(
         self,
-        ids: Tensor,
-        positions: Tensor,
+        ids: list[int],
+        positions: list[int],
         counts: Sequence[int],
-        keep: Tensor,
+        keep: list[int],
         cache: PagedCache,
-        choices: Choices,
+        how: Sequence[Sampling],
     ) -> Sampled:
-        return sample(self._step(ids, positions, counts, keep, cache), choices)
+        choices = Choices.of(how, [positions[i] + 1 for i in keep])
+        return Sampled.of(sample(self._step(ids, positions, counts, keep, cache), choices))
 
 
 class Steady(Pace):

@@ -402,9 +402,10 @@ def test_text_of_several_bytes() -> None:
     class Speaker(ByteModel):
         def _step(self, *args: Any) -> torch.Tensor:
             found = super()._step(*args)
-            for row, at in enumerate(args[1][args[3]].tolist()):
+            _, positions, _, keep, _ = args
+            for row, kept in enumerate(keep):
                 found[row] = 0.0
-                found[row, spoken[(at - 3) % len(spoken)]] = 9.0
+                found[row, spoken[(positions[kept] - 3) % len(spoken)]] = 9.0
             return found
 
     engine = byte_engine(Speaker())
@@ -459,7 +460,7 @@ def test_errors_are_of_one_request() -> None:
 
 def test_out_of_memory_is_of_one_request() -> None:
     class Small(ByteModel):
-        def _step(self, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def _step(self, ids: list[int], *rest: Any) -> torch.Tensor:
             if len(ids) > 20:
                 raise CapacityError("cuda:0 is out of memory")
             return super()._step(ids, *rest)

@@ -16,13 +16,14 @@ from test_triton_mla import DEVICE, HERE, SIMULATED, Step, close, make_step, mak
 from torch import Tensor
 
 from ktcompile import Call, Packed, load, regions
-from ktcompile.backends import flashinfer_mla
+from ktcompile.backends import flashinfer_mla, gluon_mla
 from ktcompile.backends.flashinfer_mla import Attention, FlashInferMLA, FlashInferMLAPlanes, unavailable, uncompilable
 from ktcompile.backends.mla import TritonMLA, TritonMLAPlanes
 from ktcompile.kernel import StepFacts, available, refusal
 from ktcompile.ops.mla import MLAShape, append_reference, attend_reference, mla_reference
 from ktcompile.passes.fold import Fold
 from ktcompile.symbols import PAGE
+from ktcompile.target import fake
 
 LORA, ROPE = 512, 64
 SCALE = 192**-0.5
@@ -273,6 +274,39 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     _stand_in(monkeypatch)
     monkeypatch.setattr(flashinfer_mla, "uncompilable", lambda: "no nvcc")
     assert refusal(kernel, region, target) == kernel.missing() == "no nvcc"
+
+
+def test_the_kernel_for_hopper_is_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is here, for at least as many heads as that kernel has rows, and if it runs there."""
+    gm = rewritten(captured_plain("deepseek_v3_q").gm, fake("2x24G"), Fold())[0]
+    region = next(regions(gm, op="mla"))
+    own = region.binding.shape.heads
+    capabilities = [(9, 0), (7, 5)]
+    _stand_in(monkeypatch)
+    for name, value in (("LATENT", 32), ("ROTATED", 8), ("uncompilable", lambda: None)):
+        monkeypatch.setattr(flashinfer_mla, name, value)
+    for name, value in (
+        ("is_available", lambda: True),
+        ("device_count", lambda: 1),
+        ("get_device_capability", lambda device: capabilities[device.index]),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "bfloat16", torch.float32)
+    hopper: dict[int, str | None] = {0: None}
+    monkeypatch.setattr(gluon_mla, "refuses", hopper.get)
+
+    def why(device: str, heads: int) -> str | None:
+        region.place(device)
+        object.__setattr__(region.binding.shape, "heads", heads)
+        return flashinfer_mla._refuses(region, fake("2x24G"))
+
+    assert why("cuda:0", 128) == "on cuda:0 Triton's kernel for Hopper is faster, and needs no plan by the host"
+    assert why("cuda:0", 32) is None
+    assert why("cuda:1", 128) is None  # imagined
+    hopper[0] = "it is for compute capability 9.0, this is 8.0"
+    assert why("cuda:0", 128) is None
+    capabilities.reverse()
+    assert why("cuda:0", own) == "FlashInfer needs compute capability 8.0 for this; cuda:0 has 7.5"
 
 
 def test_what_compiling_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

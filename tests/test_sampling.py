@@ -35,7 +35,7 @@ def drawn(logits: Tensor, given: Choices) -> list[int]:
     rows = logits.float()
     largest = rows.amax(-1, keepdim=True)
     there = torch.where(given.temperature == 0, rows.argmax(-1), module._drawn(rows, largest, given, False))
-    here = sample(logits, given).ids()
+    here = Sampled.of(sample(logits, given)).ids()
     assert here == there.tolist()
     return here
 
@@ -153,10 +153,10 @@ def test_one_token_that_is_possible() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_distribution_is_an_error_and_no_token(bad: list[float], temperature: float) -> None:
     rows = torch.tensor([[0.0, 5.0, 0.0], bad])
-    found = sample(rows, choices(2, temperature=temperature, top_p=0.9))
-    assert found.tokens.tolist() == [1, -1]
+    found = Sampled.of(sample(rows, choices(2, temperature=temperature, top_p=0.9)))
+    assert found.tokens == [1, -1]
     with pytest.raises(KtransError, match="logits of row 1 of 2 are no distribution: they hold NaN or"):
-        Sampled.unpacked(found.packed()).ids()
+        found.ids()
 
 
 def test_settings_and_shapes_that_are_refused() -> None:
@@ -179,7 +179,7 @@ def test_the_kept_are_those_of_transformers() -> None:
         want = warpers(torch.zeros(1, 1, dtype=torch.int64), row)[0].isfinite()  # type: ignore[arg-type]
         found: set[int] = set()
         for u in torch.linspace(0, HIGHEST, 1000, dtype=torch.float64).tolist():
-            found |= set(sample(row, choices(u=u, top_k=top_k, top_p=top_p, min_p=min_p)).ids())
+            found |= set(Sampled.of(sample(row, choices(u=u, top_k=top_k, top_p=top_p, min_p=min_p))).ids())
         assert found == set(want.nonzero()[:, 0].tolist())
 
 
@@ -226,11 +226,9 @@ def test_tokens_have_their_probabilities(values: dict[str, float]) -> None:
 
 def test_log_probabilities_are_of_the_logits_as_given() -> None:
     rows = torch.randn(5, 33, generator=torch.Generator().manual_seed(1)).bfloat16()
-    found = sample(rows, choices(5, temperature=0.3, top_k=3))
-    want = rows.float().log_softmax(-1).gather(1, found.tokens[:, None])[:, 0]
-    assert torch.equal(found.logprobs, want)
-    packed = Sampled.unpacked(found.packed())
-    assert torch.equal(packed.tokens, found.tokens) and torch.equal(packed.logprobs, want)
+    found = Sampled.of(sample(rows, choices(5, temperature=0.3, top_k=3)))
+    want = rows.float().log_softmax(-1).gather(1, torch.tensor(found.tokens)[:, None])[:, 0]
+    assert found.logprobs == want.tolist()
 
 
 # --------------------------------------------------------------------------------------------------- reproducibility
@@ -248,8 +246,10 @@ def test_a_row_does_not_depend_on_those_beside_it() -> None:
         for i, (r, p) in enumerate(zip(requests, positions, strict=True))
     ]
     for order in ([6, 5, 4, 3, 2, 1, 0], [1, 1, 1], [0, 4], [2, 5, 0]):
-        given = Choices.of([requests[i] for i in order], [positions[i] for i in order])
+        rows = [requests[i] for i in order], [positions[i] for i in order]
+        given = Choices.of(*rows)
         assert drawn(logits[order], given) == [alone[i] for i in order]
+        assert Choices.numbers(*rows) == given.packed().flatten().tolist()
     there = Choices.unpacked(given.packed())
     assert all(torch.equal(a, b) for a, b in zip(vars(there).values(), vars(given).values(), strict=True))
 
@@ -280,13 +280,14 @@ def test_a_conversation_is_repeated_by_its_seed() -> None:
 
 def test_tokens_of_a_step_are_those_of_its_logits() -> None:
     model: Any = load(target=Target((detect().host,)), context=64)
-    given = Choices.of([Sampling(0.0), Sampling(2.0, seed=4)], [3, 2])
+    how = [Sampling(0.0), Sampling(2.0, seed=4)]
+    given = Choices.of(how, [3, 2])
     ids, positions, keep = torch.arange(5, 10), torch.tensor([0, 1, 2, 0, 1]), torch.tensor([2, 4])
     logits = model.step(ids, positions, [3, 2], keep, model.new_cache(2))
     cache = model.new_cache(2)
-    found = model.next_tokens(ids, positions, [3, 2], keep, cache, given)
+    found = model.next_tokens(ids.tolist(), positions.tolist(), [3, 2], keep.tolist(), cache, how)
     assert cache.lengths == [3, 2]
-    assert found.ids() == sample(logits, given).ids()
+    assert found.ids() == Sampled.of(sample(logits, given)).ids()
     assert found.ids()[0] == int(logits[0].argmax())
 
 
@@ -312,6 +313,6 @@ def test_a_graph_can_record_it(rows: int) -> None:
     packed = torch.zeros(Choices.shape(rows), dtype=torch.int64, device="meta")
     logits = torch.zeros(rows, 129280, dtype=torch.bfloat16, device="meta")
     with Watched() as watched:
-        found = sample(logits, Choices.unpacked(packed)).packed()
+        found = sample(logits, Choices.unpacked(packed))
     assert (found.shape, found.dtype) == ((2, rows), torch.float64)
     assert len(watched.names) < 80

@@ -61,10 +61,10 @@ def check_choices(model: Any, one: Any, graph: StepGraph, other: Any, temperatur
         want = step(model, one, [5 + i, 9 + i])
         other.check([1] * rows)
         numbers = [5 + i, 9 + i, *other.lengths, *range(rows), *other.rows(), *choices.packed().flatten().tolist()]
-        found = Sampled.unpacked(graph(numbers))
+        found = Sampled.of(graph(numbers))
         other.advance()
         assert graph.first is not None and (graph.first[0] - want).norm() <= 1e-5 * want.norm()
-        assert found.ids() == sample(want, choices).ids()
+        assert found.ids() == Sampled.of(sample(want, choices)).ids()
 
 
 def check_streamed(model: Any, one: Any, streamed: StreamedStep, other: Any, counts: list[int]) -> None:

@@ -270,7 +270,8 @@ def test_model(name: str, tmp_path: Path) -> None:
     model, fast = test_families.eager(name), load(name, tmp_path, "triton_gqa_planes, triton_gqa")
     for plan in fast.plans.values():
         attention = [r for r in plan.rows if r.name.endswith("attn") and r.op != "glue"]
-        assert [(r.op, r.device, r.kernel) for r in attention] == [("gqa", TARGET.main.name, "triton_gqa")] * 2
+        on = [(r.op, TARGET[r.device].kind, r.kernel) for r in attention]  # of several GPUs, each has its layers
+        assert on == [("gqa", "cuda", "triton_gqa")] * 2
         assert not any(r.name.startswith("mask") for r in plan.rows)  # nobody reads it any more
     whole = [tiny.ids(1, tokens + 3, seed)[0] for seed, tokens in ((1, 19), (2, 5))]
     with torch.no_grad():

@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ktcompile.cache import PagedCache
 from ktcompile.errors import CapacityError, RulesError
@@ -18,7 +17,7 @@ from ktcompile.generate import CHUNK
 DEFAULT_PROMPTS, DEFAULT_NEW = (512, 2048), 64
 """Lengths where nobody says any; of the prompts those that the context holds."""
 
-Inputs = tuple[Tensor, Tensor, list[int], Tensor]
+Inputs = tuple[list[int], list[int], list[int], Sequence[int]]
 """What `model.step` takes beside the cache: ids and positions `[T]`, counts `[R]`, rows whose logits are wanted."""
 
 
@@ -156,8 +155,7 @@ class Requests:
         """Random tokens: `count` of every request, from position `at` on; the logits of the last are wanted."""
         total = count * self.batch
         ids = torch.randint(int(self.model.config.vocab_size), (total,), generator=self._generator)
-        positions = torch.arange(at, at + count).repeat(self.batch)
-        return ids, positions, [count] * self.batch, torch.arange(count - 1, total, count)
+        return ids.tolist(), [*range(at, at + count)] * self.batch, [count] * self.batch, range(count - 1, total, count)
 
     def prompt(self, length: int, chunk: int) -> list[Inputs]:
         """The steps of a prompt of `length` tokens a request, at most `chunk` tokens of all requests a step."""

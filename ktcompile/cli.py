@@ -4,11 +4,10 @@ import gc
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -806,8 +805,9 @@ def script() -> NoReturn:
         main()
     except SystemExit as done:
         code = done.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(BrokenPipeError):  # whoever read the output has gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0)
 
 
@@ -816,7 +816,6 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads sleep instead of spinning against ours
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     from ktcompile.errors import KtransError
 
     arguments = sys.argv[1:] or ["--help"]

@@ -1,6 +1,7 @@
 """The `ktrans` command as a person types it: what goes to stdout, to stderr, and the exit code."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -212,6 +213,17 @@ def test_the_671b_model_is_planned_in_40_seconds_and_3_gb():
     assert (name, unit) == ("VmHWM:", "kB")
     assert int(kib) << 10 < 3e9
     assert seconds < 40
+
+
+@pytest.mark.parametrize("command", ["passes", "--help", "explain"])
+def test_a_reader_that_has_gone(command):
+    """As with `| head`: nothing is said, least of all a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    script = [sys.executable, "-c", "from ktcompile.cli import script; script()", *command.split()]
+    done = subprocess.run(script, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1 and not done.stderr
 
 
 def test_a_packed_cache_is_told(ktrans, tmp_path):

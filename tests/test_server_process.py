@@ -118,6 +118,12 @@ def test_large_bodies_leave_no_memory(keyed: Process) -> None:
     assert content(keyed.ask(QUESTION, **key)) == "The capital of France is Paris."
 
 
+def test_a_client_that_has_gone_does_not_end_it(keyed: Process) -> None:
+    """What is written to a connection that the other side has reset may raise this signal."""
+    keyed.running.send_signal(signal.SIGPIPE)
+    assert content(keyed.ask(QUESTION, authorization="Bearer sesame-7f3a")) == "The capital of France is Paris."
+
+
 def test_killed_while_loading(tmp_path: Path) -> None:
     """At any moment of packing and of writing packed weights: the next start is like a first one."""
     packed = tmp_path / "packed"

@@ -110,11 +110,12 @@ def test_large_bodies_leave_no_memory(keyed: Process) -> None:
             answer = httpx.post(url, content=body, headers={**key, "content-type": "application/json"}, timeout=60)
             assert answer.status_code == status
 
-    burst()
+    for _ in range(3):  # the second one still makes the allocator take more
+        burst()
     before = resident(keyed.running.pid)
     for _ in range(4):
         burst()
-    assert resident(keyed.running.pid) <= 1.05 * before
+    assert resident(keyed.running.pid) <= 1.02 * before
     assert content(keyed.ask(QUESTION, **key)) == "The capital of France is Paris."
 
 

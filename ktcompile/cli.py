@@ -1,5 +1,6 @@
 """The `ktrans` command. Heavy imports are inside the commands, so that `--help` is quick."""
 
+import errno
 import gc
 import json
 import os
@@ -805,7 +806,7 @@ def script() -> NoReturn:
         main()
     except SystemExit as done:
         code = done.code
-    with suppress(BrokenPipeError):  # whoever read the output has gone
+    with suppress(OSError):  # it was said, if it is to be said
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0)
@@ -820,12 +821,18 @@ def main() -> None:
 
     arguments = sys.argv[1:] or ["--help"]
     try:
-        sys.exit(app(arguments, prog_name="ktrans", standalone_mode=False))
+        code = app(arguments, prog_name="ktrans", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
     except KtransError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has gone
+        sys.exit(1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _fail(f"no space is left for {error.filename or 'the output'}")
         if not hasattr(error, "format_message"):  # what typer's parser raises; its class is private
             raise
         told = str(error.format_message()).rstrip(" .?")

@@ -226,6 +226,14 @@ def test_a_reader_that_has_gone(command):
     assert done.returncode == 1 and not done.stderr
 
 
+@pytest.mark.parametrize("command", ["passes", "explain"])
+def test_a_full_disk(command):
+    script = [sys.executable, "-c", "from ktcompile.cli import script; script()", command]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "ktrans: no space is left for the output\n")
+
+
 def test_a_packed_cache_is_told(ktrans, tmp_path):
     """The first start writes, the second reads; both answer the same."""
     command = (

@@ -1,13 +1,14 @@
 """Files made to do harm, and files that change under us: a clear error, soon, for little memory."""
 # ruff: noqa: SIM118  (a weight source has keys(), but is no mapping to iterate over)
 
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hostile
@@ -30,6 +31,14 @@ FP8 = HERE / "data" / "tiny-deepseek-v3"
 ASSETS = HERE.parent / "ktcompile" / "assets"
 SECONDS = 1.0
 MEGABYTES = 100
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_collect() -> Iterator[None]:
+    """What other tests left in memory is not looked through in the second that a refusal may take."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def refused(path: Path, open_it: Callable[[Path], object]) -> str:
@@ -128,6 +137,7 @@ def test_shards_that_do_not_belong_together(tmp_path: Path) -> None:
     first, second, third = (tmp_path / f"m-{i:05d}-of-00002.gguf" for i in (1, 2, 3))
     first.write_bytes(hostile.gguf_file())
     assert "missing: m-00002-of-00002.gguf" in refused(first, GGUFSource)
+    assert "missing: m-00001-of-00002.gguf" in refused(tmp_path / "nowhere" / first.name, GGUFSource)
     second.write_bytes(hostile.gguf_file())
     assert "tensor 'token_embd.weight' is also in m-00001-of-00002.gguf" in refused(first, GGUFSource)
     second.write_bytes(hostile.gguf_file(tensors=(hostile.tensor("output_norm.weight"),)))

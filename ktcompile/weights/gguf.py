@@ -135,7 +135,11 @@ def shards(path: Path) -> list[Path]:
     names = [f"{stem}-{i:05d}-of-{count}.gguf" for i in range(1, int(count) + 1)]
     if path.name not in names:
         raise ModelFileError(f"{path}: the name says file {int(match[2])} of {int(count)}")
-    absent = [name for name in names if not os.path.isfile(os.path.join(path.parent, name))]
+    try:
+        there = set(os.listdir(path.parent))
+    except OSError:  # files that cannot be listed may still be opened
+        there = set(names)
+    absent = [name for name in names if name not in there or not os.path.isfile(os.path.join(path.parent, name))]
     if absent:
         raise ModelFileError(f"{path}: the model has {len(names)} files; missing: {listed(absent)}")
     return [path.with_name(name) for name in names]

@@ -830,9 +830,11 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output has gone
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"no space is left for {error.filename or 'the output'}")
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            _fail(f"no space is left for {error.filename or 'the output'}")
         if not hasattr(error, "format_message"):  # what typer's parser raises; its class is private
             raise
         told = str(error.format_message()).rstrip(" .?")

@@ -461,9 +461,10 @@ class _Forward:
         """Logits, or told `how` packed tokens."""
         main = self.settings.target.main.torch
         if main.type == "cuda" and self._is_decode(counts, keep) and self.graphs.get(len(counts), "") == "":
-            numbers = [*_listed(ids), *_listed(positions), *_listed(keep), *cache.rows()]
+            at = _listed(positions)
+            numbers = [*_listed(ids), *at, *range(len(counts)), *cache.rows()]
             if how is not None:
-                numbers += Choices.numbers(how, [p + 1 for p in _listed(positions)])
+                numbers += Choices.numbers(how, [p + 1 for p in at])
             try:
                 found = self._graph_of(cache, how is not None)(numbers)
             except NotCapturable as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 DATA = Path(__file__).parent / "data"
+KTRANS = (sys.executable, "-m", "ktcompile.cli")  # as a process of its own
 MACHINE = ("--gpu", "24G", "--ram", "512G")  # pages of a machine that is the same everywhere
 
 
@@ -220,17 +221,15 @@ def test_a_reader_that_has_gone(command):
     """As with `| head`: nothing is said, least of all a traceback."""
     read, write = os.pipe()
     os.close(read)
-    script = [sys.executable, "-c", "from ktcompile.cli import script; script()", *command.split()]
-    done = subprocess.run(script, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*KTRANS, command], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 1 and not done.stderr
 
 
 @pytest.mark.parametrize("command", ["passes", "explain"])
 def test_a_full_disk(command):
-    script = [sys.executable, "-c", "from ktcompile.cli import script; script()", command]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([*KTRANS, command], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, "ktrans: no space is left for the output\n")
 
 

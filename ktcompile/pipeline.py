@@ -188,6 +188,9 @@ MAX_BYTES = 64 << 10
 MAX_WORD = 1_000
 """Characters of one key or value."""
 
+MAX_DEPTH = 16
+"""Lists and mappings inside each other; a rule of `place` is at 5. PyYAML takes seconds for thousands."""
+
 
 def near(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` where one of `known` is close, else a list of them."""
@@ -232,14 +235,18 @@ def parse_rules(text: str, file: str, depth: int = 0) -> Pipeline:
     if len(text) > MAX_BYTES:
         raise RulesError(f"{file}: longer than the {MAX_BYTES} bytes that a rules file may have")
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        nested = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):  # a few aliases of aliases are gigabytes
-            if isinstance(event, yaml.AliasEvent) and event.start_mark:
-                raise RulesError(f"{file}:{event.start_mark.line + 1}: *{event.anchor}: a rules file has no aliases")
-            if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_WORD and event.start_mark:
-                where = f"{file}:{event.start_mark.line + 1}"
+            where = f"{file}:{event.start_mark.line + 1}" if event.start_mark else file
+            if isinstance(event, yaml.AliasEvent):
+                raise RulesError(f"{where}: *{event.anchor}: a rules file has no aliases")
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_WORD:
                 raise RulesError(f"{where}: a word of {len(event.value)} characters; {MAX_WORD} are allowed")
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+            nested += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if nested > MAX_DEPTH:
+                raise RulesError(f"{where}: lists and mappings more than {MAX_DEPTH} deep")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise RulesError(f"{file}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
@@ -355,7 +362,7 @@ def _value(node: yaml.Node, file: str, what: str, hint: Any) -> Any:
     """The YAML value as the type of the option, or a RulesError that says what was wanted."""
     try:
         value = yaml.SafeLoader("").construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RulesError(f"{_at(node, file)}: {what}: {getattr(error, 'problem', None) or error}") from error
     try:
         return _typed(value, hint)

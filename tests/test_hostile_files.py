@@ -441,6 +441,14 @@ def test_rules_of_ten_megabytes(tmp_path: Path, what: str) -> None:
     refused_rules(path)
 
 
+def test_rules_inside_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("pipeline:\n" + "- " * 15 + "fold\n")
+    assert "2: a pass" in refused_rules(path)
+    path.write_text("pipeline:\n" + "- " * 16 + "fold\n")
+    assert "my.yaml:2: lists and mappings more than 16 deep" in refused_rules(path)
+
+
 @pytest.mark.parametrize("case", hostile.RULES_AGAINST_A_MODEL)
 def test_rules_that_a_model_refuses(tmp_path: Path, case: str) -> None:
     path = tmp_path / "my.yaml"

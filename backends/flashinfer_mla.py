@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
@@ -27,9 +28,10 @@ from torch import Tensor
 
 from ktcompile import Region, Target, value_of
 from ktcompile.backends import gluon_mla
-from ktcompile.backends.mla import TritonMLA, TritonMLAPlanes
+from ktcompile.backends.mla import TritonMLA, TritonMLAPlanes, capability
 from ktcompile.backends.triton_mla import mla_attend
 from ktcompile.kernel import StepFacts
+from ktcompile.ops.mla import attend_reference
 from ktcompile.symbols import Sizes
 
 LATENT, ROTATED = 512, 64
@@ -104,11 +106,12 @@ class Attention:
         self._fixed: dict[tuple[_Shape, int, int], _Held] = {}  # by requests and entries of the page table
         self._free: dict[_Shape, _Held] = {}
         self._workspaces: dict[torch.device, Tensor] = {}
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}  # a page table, and it there in int32
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}  # this step's page table, and it there in int32
 
     def begin(self, step: StepFacts) -> None:
         """Plan the step for what may be in a CUDA graph; the rest is planned by the first layer that runs."""
         self._step, self._ready = step, {}
+        self._tables.clear()  # the table of the last step may have been written to since
         if not _decodes(step):
             return
         for shape, requests, entries in [*self._fixed]:
@@ -118,6 +121,7 @@ class Attention:
     def end(self) -> None:
         """Forget the step."""
         self._step, self._ready = None, {}
+        self._tables.clear()
 
     def __call__(
         self,
@@ -296,11 +300,27 @@ def _refuses(region: Region, target: Target) -> str | None:
     if not torch.cuda.is_available():
         return unavailable()
     device = target[region.device or target.main.name].torch
-    is_here = device.type == "cuda" and device.index < torch.cuda.device_count()  # else it is imagined
-    if is_here and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"FlashInfer needs compute capability 8.0 for this; {region.device} has {major}.{minor}"
+    has = capability(device)
+    if has is not None and has < (8, 0):
+        return f"FlashInfer needs compute capability 8.0 for this; {region.device} has {has[0]}.{has[1]}"
     lacking = unavailable() or uncompilable()
-    if lacking is None and is_here and shape.heads >= gluon_mla.ROWS and gluon_mla.refuses(device.index) is None:
+    if lacking is not None or has is None:
+        return lacking
+    if shape.heads >= gluon_mla.ROWS and gluon_mla.refuses(device.index) is None:
         return f"on {region.device} Triton's kernel for Hopper is faster, and needs no plan by the host"
-    return lacking
+    return broken(device)
+
+
+@cache
+def broken(device: torch.device) -> str | None:
+    """Why FlashInfer does not work there, or None: it is tried, once. If it never was on this machine, it compiles."""
+    given = gluon_mla.example(device, 16)
+    try:
+        got = Attention()(*given)
+        want = attend_reference(*given)
+        error = float((got.float() - want.float()).norm() / want.float().norm())
+    except Exception as failed:  # of a compiler that may be any
+        lines = str(failed).strip().splitlines() or [type(failed).__name__]
+        told = next((line for line in lines if "error" in line.lower()), lines[-1])
+        return f"flashinfer does not work on {device}: {told.strip()[:200]}"
+    return None if error < 2e-2 else f"flashinfer's result on {device} is off by {error:.1e}"

@@ -462,6 +462,10 @@ MOST_TOKENS = 32
 """So many are sooner done here than with weights made floats."""
 
 
+LARGE_SHARED = 160 << 10
+"""Bytes of shared memory a block, as of compute capability 8.0, 9.0 and 10.0; 8.6, 8.9 and 12.0 have 99 KiB."""
+
+
 @dataclass(frozen=True)
 class Tiles:
     """How the kernel cuts its work. `col_warps` decides the order of sums, so it depends on the matrix alone."""
@@ -475,20 +479,22 @@ class Tiles:
         return 16 * self.row_warps
 
 
-def choose_tiles(rows: int, cols: int, tokens: int, count: int) -> Tiles:
-    """For a matrix and so many tokens, by multiprocessors: of seven the fastest on an H200 for nearly all of V3's
+def choose_tiles(rows: int, cols: int, tokens: int, processors: Processors) -> Tiles:
+    """For a matrix and so many tokens: of seven the fastest on an H200 for nearly all of V3's
     matrices, at worst 16 % slower (`bench_linear.py --sweep`).
 
-    Many blocks a multiprocessor hide the latency of memory; where there are few rows, more steps ahead do.
+    Many blocks a multiprocessor hide the latency of memory; where there are few rows, more steps ahead do, if shared
+    memory has room for them.
     """
     if cols <= 8 * SUPER:
         return Tiles(2, 2, 2)
-    return Tiles(1, 4, 3 if rows < 32 * count and tokens <= 8 else 2)
+    deep = 8 if processors.shared_bytes >= LARGE_SHARED else 4
+    return Tiles(1, 4, 3 if rows < 32 * processors.count and tokens <= deep else 2)
 
 
 def together(tokens: int, shared_bytes: int) -> int:
     """Tokens a program: all up to 16, or 8 where shared memory is small."""
-    most = 16 if shared_bytes >= 160 << 10 else 8
+    most = 16 if shared_bytes >= LARGE_SHARED else 8
     return next((n for n in (1, 4, 8) if tokens <= n), most)
 
 
@@ -518,7 +524,7 @@ def dot(
     """`[tokens, rows]` of type `dtype`. `x`: as `integers` gives it."""
     f, tokens = p.format, x[0].shape[0]
     out = torch.empty(tokens, p.rows, dtype=dtype, device=x[0].device)
-    t = tiles or choose_tiles(p.rows, p.cols, tokens, processors.count)
+    t = tiles or choose_tiles(p.rows, p.cols, tokens, processors)
     at_once = together(tokens, processors.shared_bytes)
     with torch.cuda.device(out.get_device()):
         products[(-(-tokens // at_once), -(-p.rows // t.rows))](

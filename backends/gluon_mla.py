@@ -456,9 +456,9 @@ def refuses(device: int) -> str | None:
     return None if error < 1e-2 else f"its result is off by {error:.1e}"
 
 
-def _tried(device: torch.device) -> float:
-    """|got - want| / |want| of two requests with 64 heads, one of three queries after 150 positions, in pages of 16."""
-    heads, page, stored = 64, 16, [150, 0]
+def example(device: torch.device, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+    """Arguments of an attention, to try one: two requests, one of three queries after 150 positions, in pages of 16."""
+    page, stored = 16, [150, 0]
     draw = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> Tensor:
@@ -468,14 +468,20 @@ def _tried(device: torch.device) -> float:
     pool *= torch.linspace(0.2, 3, 24, device=device)[:, None, None]  # scales change from block to block
     table = torch.randperm(24, generator=draw).view(2, 12).to(device)
     lengths, start = (torch.tensor(x, device=device) for x in (stored, [0, 3, 4]))
-    out, scale = torch.empty_like(q_latent), (128 + ROPE) ** -0.5
-    none = torch.empty(0, device=device)
+    return q_latent, q_rope, pool, table, lengths, start, (128 + ROPE) ** -0.5
+
+
+def _tried(device: torch.device) -> float:
+    """|got - want| / |want|"""
+    heads = 64
+    q_latent, q_rope, pool, table, lengths, start, scale = example(device, heads)
+    out, none = torch.empty_like(q_latent), torch.empty(0, device=device)
     with torch.cuda.device(device):
         attend[(4, 1)](
             q_latent, q_latent.stride(0), q_latent.stride(1), q_rope, q_rope.stride(0), q_rope.stride(1),
             rows(pool[..., :LORA]), rows(pool[..., LORA:]), table, table.stride(0), lengths, start, out, none, none,
-            scale * math.log2(math.e), 4, 2, HEADS=heads, LORA=LORA, ROPE=ROPE, PAGE=page, REQUESTS_PAD=4, ROWS=ROWS,
-            KEYS=KEYS, SPLITS=1, num_warps=WARPS,
+            scale * math.log2(math.e), 4, 2, HEADS=heads, LORA=LORA, ROPE=ROPE, PAGE=pool.shape[1], REQUESTS_PAD=4,
+            ROWS=ROWS, KEYS=KEYS, SPLITS=1, num_warps=WARPS,
         )  # fmt: skip
     want = attend_reference(q_latent, q_rope, pool, table, lengths, start, scale).float()
     return float((out.float() - want).norm() / want.norm())

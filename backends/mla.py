@@ -54,6 +54,12 @@ def attention_bytes(region: Region, sizes: Sizes) -> int:
     return products_bytes(region, tokens, size) + tokens * heads * int(shape.rope) * size + form
 
 
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device, or None: it is no such device, or it is imagined."""
+    is_here = device.type == "cuda" and torch.cuda.is_available() and device.index < torch.cuda.device_count()
+    return torch.cuda.get_device_capability(device) if is_here else None
+
+
 class TritonMLA(Kernel):
     """Paged, split-KV, ragged latent attention in Triton; projections through torch. Weights decoded once."""
 
@@ -74,7 +80,8 @@ class TritonMLA(Kernel):
             return None
         device = target[region.device or target.main.name].torch
         pool = value_of(region.inputs[region.binding.roles["pool"]])
-        if device.type == "cuda" and pool.dtype == torch.uint8 and torch.cuda.get_device_capability(device) < (8, 9):
+        has = capability(device)
+        if has is not None and has < (8, 9) and pool.dtype == torch.uint8:
             return f"Triton converts FP8 from compute capability 8.9 on; {region.device} has less"
         return unavailable()
 

@@ -141,9 +141,10 @@ class Pool:
         self._finalizer = weakref.finalize(self, _native().lib.kt_pool_free, handle)
 
     def rest(self, resting: bool) -> None:
-        """Whether the driver may sleep although submissions listen to flags; a flag is then seen once it may not.
+        """False before flags are raised that submissions listen to, True after: the driver sleeps while nobody may.
 
-        While it may not, the other threads spin for 3 ms after each call, so that the next one finds them awake.
+        A flag that is raised nevertheless is seen once somebody says False. While one may be raised, the other threads
+        spin for 3 ms after each call, so that the next one finds them awake.
         """
         self._check()
         _native().lib.kt_pool_rest(self._handle, resting)

@@ -168,6 +168,7 @@ def _dot(
     bias: tensor,  # [rows], or unused
     out: tensor,  # [tokens, rows]
     rows: tensor,
+    tokens: tensor,
     COLS: constexpr,
     LOW: constexpr,
     HIGH: constexpr,
@@ -181,18 +182,21 @@ def _dot(
     UNITS: constexpr,
     EMULATE: constexpr,
 ) -> None:
-    """Program (token, block of ROWS * WARP_ROWS rows). A thread has one unit of ROWS rows at a time: 16 bytes a load,
-    and all that belongs to it, so that nothing crosses threads before the end of the loop. The next step's unit is
-    loaded before this one's is multiplied: memory has work all the time.
+    """Program block * tokens + token, for a block of ROWS * WARP_ROWS rows; it is one axis, since others end at 65535.
+
+    A thread has one unit of ROWS rows at a time: 16 bytes a load, and all that belongs to it, so that nothing crosses
+    threads before the end of the loop. The next step's unit is loaded before this one's is multiplied: memory has work
+    all the time.
 
     Shapes are chosen for that: the compiler gives a thread up to 16 bytes along the last axis, a warp up to 32 units,
     the other warps WARP_ROWS. x has an axis WARP_ROWS too, else it would be spread over all warps.
     """
     ALL: constexpr = (COLS + 31) // 32
-    words += tl.program_id(0) * (ALL * 19)
-    out += tl.program_id(0).to(tl.int64) * rows
+    token, block = tl.program_id(0) % tokens, tl.program_id(0) // tokens
+    words += token * (ALL * 19)
+    out += token.to(tl.int64) * rows
     zero = tl.zeros([WARP_ROWS], tl.int32)[None, :, None]
-    row = tl.program_id(1) * (ROWS * WARP_ROWS) + tl.arange(0, ROWS)[:, None] * WARP_ROWS
+    row = block * (ROWS * WARP_ROWS) + tl.arange(0, ROWS)[:, None] * WARP_ROWS
     row = row + tl.arange(0, WARP_ROWS)[None, :]  # [ROWS, WARP_ROWS]
     at = tl.minimum(row, rows - 1)[:, :, None]  # the last row again instead of one beyond
     total = tl.zeros([ROWS, WARP_ROWS, UNITS], tl.float32)
@@ -372,10 +376,10 @@ def dot(
     words, tokens = x.words, x.x.shape[0]
     out = torch.empty(tokens, p.rows, dtype=dtype, device=low.device)
     t = tiles or (INTERPRETED if interpreted() else dot_tiles(p.rows, p.cols, processors.count))
-    grid = (tokens, -(-p.rows // (t.rows * t.warp_rows)))
+    grid = (tokens * -(-p.rows // (t.rows * t.warp_rows)),)
     with torch.cuda.device(out.get_device()):
         _dot[grid](
-            words, *p.all, out if bias is None else bias, out, p.rows, BIAS=bias is not None,
+            words, *p.all, out if bias is None else bias, out, p.rows, tokens, BIAS=bias is not None,
             COLS=p.cols, LOW=f.low, HIGH=f.high, GROUP=f.group, SUPER=f.super, OFFSET=f.offset, MINIMA=f.has_min,
             ROWS=t.rows, WARP_ROWS=t.warp_rows, UNITS=t.units, EMULATE=interpreted(), num_warps=t.warps,
         )  # fmt: skip

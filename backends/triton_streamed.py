@@ -17,6 +17,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -224,11 +225,18 @@ class Layer:
             runtime = torch.cuda.cudart()
             status = int(runtime.cudaHostRegister(t.data_ptr(), t.nbytes, 0))
             if status:
+                _drop_error()
                 warnings.warn(
                     f"experts' memory cannot be pinned (CUDA error {status}): prompts stream it slower", stacklevel=2
                 )
                 return
             weakref.finalize(t, runtime.cudaHostUnregister, t.data_ptr()).atexit = False  # the process ends that anyway
+
+
+def _drop_error() -> None:
+    """Take what the runtime keeps of its last error: torch would raise it after the next kernel it launches."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def chunks(layer: Layer, count: int, device: torch.device) -> Iterator[tuple[int, int, list[Tensor]]]:

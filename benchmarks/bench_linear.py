@@ -71,12 +71,12 @@ Tiles = DotTiles | gluon_dot.Tiles
 
 def tiles_of(rows: int, p: Planes, tokens: int) -> list[Tiles]:
     """What a sweep tries: of the kernel that takes so many tokens times this matrix, the tiles of its choice first."""
-    count = processors_of(torch.cuda.current_device()).count
+    processors = processors_of(torch.cuda.current_device())
     if gluon_dot.fits(p) and tensor_cores(torch.cuda.current_device()) is None:
-        return [gluon_dot.choose_tiles(rows, p.cols, tokens, count), *GLUON_TILES]
+        return [gluon_dot.choose_tiles(rows, p.cols, tokens, processors), *GLUON_TILES]
     units = -(-p.cols // 32)
     tried = [t for t in (NARROW if units % 32 and units <= 64 else TILES) if t.rows * t.warp_rows < rows]
-    return [dot_tiles(rows, p.cols, count), *tried]
+    return [dot_tiles(rows, p.cols, processors.count), *tried]
 
 
 def tiled(v: Vector, p: Planes, tiles: Tiles) -> torch.Tensor:

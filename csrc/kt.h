@@ -180,10 +180,11 @@ int kt_pool_listen(kt_pool *pool, kt_task *task, volatile uint32_t *start, volat
 /* Ends that; afterwards the driver touches neither task nor flags. Both wait for the driver's current task, and
  * return KT_BAD_ARGUMENT if called by the driver, or if the task was (not) listening. */
 int kt_pool_unlisten(kt_pool *pool, kt_task *task);
-/* Whoever rings doorbells says when: resting (not 0), the driver sleeps 3 ms after the last one although it has some, and
- * sees a ring once it wakes; then, told 0, it polls. From the first call on the workers spin 3 ms for the next job, so that
- * one step finds them as the last one left them. Told 0 it also moves the caller, who is about to wait for a GPU, away from
- * the pool's CPUs, if there are others. A pool begins with neither: it polls. */
+/* Whoever rings doorbells says when, with 0 before and with 1 after: while nobody is between the two, the driver sleeps
+ * 3 ms after the last ring although it has doorbells, and sees a ring once somebody says 0; else it polls. From the first
+ * call on the workers spin 3 ms for the next job, so that one step finds them as the last one left them. Told 0 it also
+ * moves the caller, who is about to wait for a GPU, away from the pool's CPUs, if there are others. Until anybody says
+ * either, the driver polls. */
 int kt_pool_rest(kt_pool *pool, int resting);
 
 /* One layer's experts: where they lie and how they are stored. */

@@ -205,6 +205,7 @@ kt_pool *kt_pool_new_on(size_t n_threads, const int *cpus, const int *nodes) {
     pool->n_threads = n_threads;
     pool->spin_limit = n_threads > n_cpus || shared ? 0 : n_cpus;
     atomic_init(&pool->spin_ns, SPIN_NS);
+    atomic_init(&pool->ringing, -1);
     pool->forks = atomic_load(&kt_process.forks);
     pool->workers = calloc(n_threads, sizeof *pool->workers);
     pool->node_of = calloc(n_threads, sizeof *pool->node_of);

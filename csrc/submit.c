@@ -70,7 +70,7 @@ void *kt_drive(void *argument) {
         int served = serve_tasks(pool);
         if (serve_doorbells(pool) || served) continue;
         if (stop) break;
-        if (pool->doorbells && !atomic_load(&pool->resting)) poll_again(limit);
+        if (pool->doorbells && atomic_load(&pool->ringing)) poll_again(limit);
         else wait_for(&pool->bell, seen, limit, pool->doorbells ? LISTEN_NS : SPIN_NS);
     }
     atomic_fetch_sub(&kt_process.awake, 1);
@@ -114,7 +114,11 @@ int kt_pool_rest(kt_pool *pool, int resting) {
     if (!pool) return KT_BAD_ARGUMENT;
     if (is_forked(pool)) return KT_FORKED;
     atomic_store(&pool->spin_ns, LISTEN_NS);
-    atomic_store(&pool->resting, resting);
+    int before = atomic_load(&pool->ringing), after;
+    do {
+        int others = before > 0 ? before : 0;
+        after = !resting ? others + 1 : others ? others - 1 : 0;
+    } while (!atomic_compare_exchange_weak(&pool->ringing, &before, after));
     if (resting) return KT_OK;
     kt_pool_leave(pool);
     ring(&pool->bell);

@@ -75,7 +75,7 @@ struct kt_pool {
     _Atomic(kt_task *) submitted;   /* a stack: the last one first */
     atomic_int stop_driver;
     kt_task *doorbells;             /* the driver's own */
-    atomic_int resting;             /* the driver may sleep although it has doorbells */
+    atomic_int ringing;             /* who may ring a doorbell now; at 0 the driver may sleep, -1: nobody said */
     atomic_uint spin_ns;            /* how long a worker spins for the next job */
     _Alignas(LINE) event completed; /* tasks */
     _Alignas(LINE) atomic_uint_fast64_t runs, bytes, ns;   /* kt_counts; written by who has the turn, or after it */

@@ -1,10 +1,11 @@
 """PagedCache: a transformers Cache over pages, ragged or rectangular; latents (MLA) or keys and values (GQA)."""
 
 from collections.abc import Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -165,8 +166,15 @@ class _PagedLayer(CacheLayerMixin):
 
     def __init__(self, owner: "PagedCache", pool: Tensor, last: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.owner, self.pool, self.last = owner, pool, last
+        self._owner, self.pool, self.last = ref(owner), pool, last  # no circle: pools go at once
         self.is_initialized = True
+
+    @property
+    def owner(self) -> "PagedCache":
+        """The cache."""
+        owner = self._owner()
+        assert owner is not None, "a layer without its cache"
+        return owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the pool exists from the start."""
@@ -209,8 +217,9 @@ class PagedCache(Cache):
     `query_start[r]:query_start[r + 1]`; call `begin(counts)` before a step and `advance()` after it.
 
     `fp8` keeps latents in 8 bits and their keys in bfloat16 (`ktcompile.ops.mla.packed`), whatever `dtype` is.
-    `context` is the most tokens a request may hold. Memory is `requests * context` tokens, all of it allocated at once;
-    `hollow`: none, for tracing.
+    `device`: where pools are, of all layers or of each. `main`: where the page table and lengths are, by default with
+    the first pool. `context` is the most tokens a request may hold. Memory is `requests * context` tokens, all of it
+    allocated at once; `hollow`: none, for tracing.
     Raises CapacityError when a request outgrows it.
     """
 
@@ -222,6 +231,7 @@ class PagedCache(Cache):
         context: int = 4096,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | Sequence[torch.device | str] = "cpu",
+        main: torch.device | str | None = None,
         ragged: bool = False,
         hollow: bool = False,
         fp8: bool = False,
@@ -235,9 +245,10 @@ class PagedCache(Cache):
         self.lengths = [0] * requests
         self.counts = [0] * requests
         self.assigned: list[tuple[list[int], int]] = []
-        main = devices[0]
+        main = main or devices[0]
         # Pages of a request are scattered on purpose: nothing may rely on their order.
-        table = torch.arange(requests * self.pages_each, device=main).view(self.pages_each, requests).T.contiguous()
+        first, row = (torch.arange(n, device=main) for n in (self.pages_each, requests))
+        table = first * requests + row[:, None]  # [R, P]
         self.all_pages = table
         self.page_table = table
         self.seq_len = torch.zeros(requests, dtype=torch.int64, device=main)
@@ -246,7 +257,19 @@ class PagedCache(Cache):
         kept, size = torch.uint8 if fp8 else dtype, (1, 1, 1) if hollow else shape
         pools = [torch.zeros(size, dtype=kept, device=d).expand(shape) for d in devices]
         self.pools = pools
-        super().__init__(layers=[_PagedLayer(self, pool, i == count - 1) for i, pool in enumerate(pools)])
+        super().__init__(layers=self._layers())
+
+    def _layers(self) -> list[Any]:
+        last = len(self.pools) - 1
+        return [_PagedLayer(self, pool, i == last) for i, pool in enumerate(self.pools)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCache":
+        made = memo[id(self)] = copy(self)
+        for name, value in vars(self).items():
+            if name != "layers":
+                setattr(made, name, deepcopy(value, memo))
+        made.layers = made._layers()
+        return made
 
     def batch(self, requests: int, context: int) -> "PagedCache":
         """Rows of `requests` requests over the pools of this cache, of which `assign` says the pages: no new pools.
@@ -261,7 +284,7 @@ class PagedCache(Cache):
         made.query_start = torch.zeros(requests + 1, dtype=torch.int64, device=main)
         made.lengths, made.counts = [0] * requests, [0] * requests
         made.assigned = [([], 0) for _ in range(requests)]
-        made.layers = [_PagedLayer(made, pool, i + 1 == len(self.pools)) for i, pool in enumerate(self.pools)]
+        made.layers = made._layers()
         return made
 
     def assign(self, row: int, pages: list[int], length: int) -> None:

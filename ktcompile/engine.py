@@ -36,7 +36,7 @@ class Statistics:
     """The engine after its last step. Pages are `free`, `used`, or `idle`: written and kept for a prompt like it.
 
     `read`: tokens that went through the model, some more than once if `preempted`; `reused`: those found in pages
-    instead; `said`: tokens of answers. `model_s` of `step_s` seconds are the model's. `finished`: requests by reason.
+    instead; `prompts`: tokens of the prompts that were answered; `said`: tokens of answers. `model_s` of `step_s` seconds are the model's. `finished`: requests by reason.
     """
 
     running: int = 0
@@ -46,6 +46,7 @@ class Statistics:
     idle: int = 0
     read: int = 0
     reused: int = 0
+    prompts: int = 0
     said: int = 0
     preempted: int = 0
     steps: int = 0
@@ -97,7 +98,7 @@ class Engine:
         self._aside = ThreadPoolExecutor(1, "grammar")  # it has no thread before it is asked
         self._batches: dict[tuple[int, bool], PagedCache] = {}  # by rows, and whether each brings one token
         self._finished: Counter[str] = Counter()
-        self._read = self._said = self._steps = 0
+        self._read = self._prompts = self._said = self._steps = 0
         self._step_s = self._model_s = 0.0
         self._lock = threading.Lock()  # of the five below
         self._inbox: deque[Active | Callable[[], None]] = deque()
@@ -315,6 +316,8 @@ class Engine:
         if not is_answer:
             return
         now = time.perf_counter()
+        if len(a.times) == 1:
+            self._prompts += len(a.request.prompt)
         a.times[1:] = [a.times[1] if len(a.times) > 1 else now, now]
         if chosen.token in a.request.stop:
             self._finish(a, "stop")
@@ -372,6 +375,7 @@ class Engine:
             idle=len(schedule.pages.idle),
             read=self._read,
             reused=schedule.reused,
+            prompts=self._prompts,
             said=self._said,
             preempted=schedule.preempted,
             steps=self._steps,

@@ -76,7 +76,7 @@ class Prepared(Protocol):
         """From now on, whenever `start` is not 0: set it to 0, run, set `done` to 1."""
 
     def rest(self, resting: bool) -> None:
-        """Whether whoever listens may sleep. Flags are answered while it may not."""
+        """False before flags are raised, True after. Several may raise some at a time, of one process."""
 
     def host_functions(self) -> Any:
         """`submit`, `wait` and their `argument` as addresses, for cudaLaunchHostFunc."""

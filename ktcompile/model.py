@@ -369,6 +369,7 @@ class _Forward:
             context=context,
             dtype=self.settings.dtype,
             device=self.pool_devices,
+            main=self.settings.target.main.torch,
             ragged=True,
             fp8=self.settings.cache_dtype == "fp8",
         )
@@ -378,15 +379,23 @@ class _Forward:
 
         Prompts' experts on the CPU are prepared anew: a call of them may have been submitted and not waited for.
         """
-        on_gpu = self.settings.target.main.torch.type == "cuda"
-        if on_gpu:
-            torch.cuda.synchronize(self.settings.target.main.torch)
-        graphs = self._recorded.pop(cache, {}).values() if cache is not None else ()
-        for held in (*graphs, *self._streamed.values()):
+        gpus = [d.torch for d in self.settings.target.devices if d.torch.type == "cuda"]
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
+        if cache is not None:
+            self._forget_graphs(cache, recorded=True)
+        for held in self._streamed.values():
             held.close()
         self._streamed.clear()
-        if on_gpu:
+        if gpus:
             torch.cuda.empty_cache()
+
+    def _forget_graphs(self, cache: PagedCache, *, recorded: bool) -> None:
+        """Let go of the step graphs of a cache: all of them, or those that failed before they were recorded."""
+        held = self._recorded.get(cache, {})
+        for samples, graph in [*held.items()]:
+            if recorded or not graph.recorded:
+                held.pop(samples).close()
 
     def memory(self, store: Store) -> dict[str, Held]:
         """What the model holds on each device now, to compare with its plans."""
@@ -467,7 +476,10 @@ class _Forward:
                 numbers += Choices.numbers(how, [p + 1 for p in at])
             try:
                 found = self._graph_of(cache, how is not None)(numbers)
-            except NotCapturable as error:
+            except BaseException as error:
+                self._forget_graphs(cache, recorded=False)
+                if not isinstance(error, NotCapturable):
+                    raise
                 self.graphs[len(counts)] = str(error)
                 warnings.warn(f"decode steps of {len(counts)} tokens are no CUDA graph: {error}", stacklevel=2)
             else:
@@ -487,13 +499,20 @@ class _Forward:
         values.update({f"cache.layers.{i}.pool": pool for i, pool in enumerate(cache.pools)})
         executable = self.phases["decode" if decode else "prefill"]
         streamed = self._stream_of(executable, len(ids))
-        logits: Tensor = (streamed(values) if streamed else executable(values)[0])[0]
-        cache.advance()
+        try:
+            logits: Tensor = (streamed(values) if streamed else executable(values)[0])[0]
+        except BaseException:
+            if streamed:  # the CPU may be at what was submitted, and no later step may meet it
+                self._streamed.pop(executable).close()
+            raise
         if how is None:
-            return logits.cpu() if streamed else logits
-        choices = Choices.of(how, (positions[keep] + 1).tolist())
-        with torch.inference_mode():
-            return sample(logits, choices.to(logits.device))
+            found = logits.cpu() if streamed else logits
+        else:
+            choices = Choices.of(how, (positions[keep] + 1).tolist())
+            with torch.inference_mode():
+                found = sample(logits, choices.to(logits.device))
+        cache.advance()
+        return found
 
     def _stream_of(self, executable: Executable, tokens: int) -> StreamedStep | None:
         """The executable for this many tokens with the CPU's experts on the GPU's stream; None where it cannot be."""
@@ -504,7 +523,7 @@ class _Forward:
         held = self._streamed.get(executable)
         if held is None or held.tokens < tokens:
             if held is not None:
-                held.close()
+                self._streamed.pop(executable).close()
             try:
                 held = StreamedStep(executable, main, 1 << (tokens - 1).bit_length())
             except NotCapturable as error:

@@ -219,7 +219,7 @@ def _least_of(
 
 def _relative(logits: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
     """Of each token, how likely it is beside the most likely one: float32."""
-    divisor = torch.where(temperature == 0, 1, temperature).float()
+    divisor = torch.where(temperature == 0, 1, temperature).float().clamp(min=torch.finfo(torch.float32).tiny)
     return ((logits - largest) / divisor[:, None]).exp()
 
 

@@ -5,8 +5,10 @@ StreamedStep: any other.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache
 from importlib.metadata import entry_points
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -74,6 +76,11 @@ class StepGraph:
         self._out: Tensor | None = None
         self.first: Tensor | None = None
 
+    @property
+    def recorded(self) -> bool:
+        """Whether a call has ended in a graph. If the first one fails, the CPU may still be at what it submitted."""
+        return bool(self._graphs)
+
     def __call__(self, numbers: Sequence[int]) -> Tensor:
         """Run on the changing inputs, all in one list in the order of `shapes`; the result, on the CPU.
 
@@ -100,11 +107,13 @@ class StepGraph:
         with torch.cuda.device(self.main):
             if not self._graphs:
                 self._capture()
-            for moves, graph in zip(self._moves, self._graphs, strict=True):
-                for to, value in moves:
-                    to.copy_(value, non_blocking=True)
-                graph.replay()
-            wait_for(self._numbers)
+            try:
+                for moves, graph in zip(self._moves, self._graphs, strict=True):
+                    for to, value in moves:
+                        to.copy_(value, non_blocking=True)
+                    graph.replay()
+            finally:  # what was enqueued needs the CPU, which rests after a step
+                wait_for(self._numbers)
 
     def _step(self) -> None:
         for part in self.parts:
@@ -114,8 +123,10 @@ class StepGraph:
     def _capture(self) -> None:
         graphs: list[torch.cuda.CUDAGraph] = []
         with _streams_beside(self._numbers):
-            self._step()  # compiles kernels, and lets libraries allocate; the step itself may be repeated
-            wait_for(self._numbers)
+            try:
+                self._step()  # compiles kernels, and lets libraries allocate; the step itself may be repeated
+            finally:  # what was enqueued needs the CPU, which rests after a step
+                wait_for(self._numbers)
             self._moves = []
             for part in self.parts:
                 args, moves = self._taken(part)
@@ -129,7 +140,9 @@ class StepGraph:
         try:
             with torch.cuda.device(part.device):
                 wait_for(self._numbers)
-                with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                # Other threads may ask for events meanwhile, as `counters` does.
+                mode = "thread_local"
+                with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode=mode):
                     self._record(part, args)
         except torch.OutOfMemoryError:
             raise  # it may fit another time
@@ -185,13 +198,19 @@ def wait_for(devices: Iterable[torch.device]) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+@cache
+def _beside(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One for all recordings of a thread: libraries keep memory for each stream that they were used on."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def _streams_beside(devices: Iterable[torch.device]) -> Iterator[None]:
-    """A new stream of each GPU is its current one, once its last one has come to here; the current GPU stays."""
+    """A stream beside is the current one of each GPU, once its last one has come to here; the current GPU stays."""
     current = torch.cuda.current_device()
     with ExitStack() as stack:
         for device in devices:
-            stream = torch.cuda.Stream(device)
+            stream = _beside(device, get_ident())
             stream.wait_stream(torch.cuda.current_stream(device))
             stack.enter_context(torch.cuda.stream(stream))
         stack.enter_context(torch.cuda.device(current))
@@ -220,11 +239,12 @@ class StreamedStep:
         ]
         for each in self.prepared[:1]:
             each.rest(False)
+        on_gpu = self.main.type == "cuda"
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.cuda.device(self.main) if on_gpu else nullcontext():
                 found: Tensor = self.gm(*args)[0]
         finally:
-            if self.main.type == "cuda":
+            if on_gpu:
                 wait_for(self._devices)
             for each in self.prepared[:1]:
                 each.rest(True)

@@ -191,6 +191,7 @@ def test_a_prefix_is_read_once() -> None:
             check(engine)
     ends = [h.result()[2].usage.cached_tokens for h in handles]
     assert ends == [0, 96, 96], "of 103 tokens six pages are full, and the last token's logits are wanted"
+    assert engine.statistics.prompts == 3 * 103 and engine.statistics.said == 3 * 20
     assert engine.statistics.reused == 192 and engine.statistics.read == 3 * (103 + 19) - 192
     assert sum(map(sum, model.seen)) == engine.statistics.read
     assert model.logit_steps == 0, "logits are fetched where they are wanted only"

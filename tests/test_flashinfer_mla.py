@@ -164,6 +164,17 @@ def test_one_plan_a_step(wrappers: Wrappers) -> None:
     assert [(w.fixed, w.batches) for w in wrappers] == [(True, [3, 3]), (False, [1, 1])]
 
 
+def test_the_page_table_is_written_to_between_steps(core: str) -> None:
+    """As requests of a server get pages: the table is the same tensor, with other pages in it."""
+    attention, requests = Attention(), [(47, 1), (47, 1)]  # pages are full
+    step = filled(requests)
+    for _ in range(3):
+        attention.begin(facts(requests, step))
+        check(attention, step, 16)
+        attention.end()
+        step.page_table.copy_(step.page_table.roll(1, 1))
+
+
 def test_a_recorded_step_reads_its_own_plan(wrappers: Wrappers) -> None:
     """`begin` alone is what happens before a replay: lengths, pages and queries are new, addresses are not."""
     attention, heads, count = Attention(), 16, 3
@@ -294,6 +305,7 @@ def test_the_kernel_for_hopper_is_preferred(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "bfloat16", torch.float32)
     hopper: dict[int, str | None] = {0: None}
     monkeypatch.setattr(gluon_mla, "refuses", hopper.get)
+    monkeypatch.setattr(flashinfer_mla, "broken", {torch.device("cuda:0"): "broken"}.get)
 
     def why(device: str, heads: int) -> str | None:
         region.place(device)
@@ -301,12 +313,31 @@ def test_the_kernel_for_hopper_is_preferred(monkeypatch: pytest.MonkeyPatch) -> 
         return flashinfer_mla._refuses(region, fake("2x24G"))
 
     assert why("cuda:0", 128) == "on cuda:0 Triton's kernel for Hopper is faster, and needs no plan by the host"
-    assert why("cuda:0", 32) is None
-    assert why("cuda:1", 128) is None  # imagined
+    assert why("cuda:0", 32) == "broken"
+    assert why("cuda:1", 128) is why("cuda:1", 32) is None  # imagined
     hopper[0] = "it is for compute capability 9.0, this is 8.0"
-    assert why("cuda:0", 128) is None
+    assert why("cuda:0", 128) == "broken"
     capabilities.reverse()
     assert why("cuda:0", own) == "FlashInfer needs compute capability 8.0 for this; cuda:0 has 7.5"
+
+
+def test_it_is_tried(core: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that does not know the GPU is found out before a step asks for it."""
+    tried = flashinfer_mla.broken.__wrapped__
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    assert tried(device) is None
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("Ninja build failed.\n[1/2] nvcc\nnvcc fatal: an error: no 'compute_120'\nninja: stopped")
+
+    def wrong(self: Attention, *args: Any) -> Tensor:
+        return torch.ones_like(args[0])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Attention, "__call__", wrong)
+        assert "is off by" in str(tried(device))
+    monkeypatch.setattr(Attention, "_made", failing)
+    assert tried(device) == f"flashinfer does not work on {device}: nvcc fatal: an error: no 'compute_120'"
 
 
 def test_what_compiling_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

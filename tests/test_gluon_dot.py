@@ -1,4 +1,4 @@
-"""The product on tensor cores is that of decoded weights, where there is a GPU for it; it compiles for Hopper anywhere.
+"""The product on tensor cores is that of decoded weights, where there is a GPU for it; it compiles anywhere.
 
 Gluon has no interpreter: elsewhere only its compilation, what is made of x, and what is said in its place are tested.
 """
@@ -23,6 +23,7 @@ from ktcompile.backends.gluon_dot import Tiles, choose_tiles, together
 from ktcompile.backends.planes import FORMATS, Planes
 from ktcompile.backends.triton_dot import Vector, dot, most_tokens, tensor_cores
 from ktcompile.backends.triton_linear import linear
+from ktcompile.backends.triton_mla import Processors
 
 ON_GPU = triton_mla.unavailable() is None and not triton_mla.interpreted()
 WHY = tensor_cores(torch.cuda.current_device() if ON_GPU else -1)
@@ -137,7 +138,7 @@ def test_tiles() -> None:
     assert [together(n, 99 << 10) for n in (1, 9, 32)] == [1, 8, 8]
     for rows, cols in ((7168, 16384), (24576, 1536), (2048, 7168), (576, 7168), (7168, 2048), (129280, 7168)):
         assert (
-            len({choose_tiles(rows, cols, n, 132).col_warps for n in range(1, 33)}) == 1
+            len({choose_tiles(rows, cols, n, p).col_warps for n in range(1, 33) for p in PROCESSORS.values()}) == 1
         )  # else sums come differently
 
 
@@ -148,31 +149,42 @@ def test_other_machines_are_told_why() -> None:
 
 
 @pytest.mark.skipif(gluon_dot.gl is None, reason="there is no Gluon")
-def test_compiles_for_hopper(tmp_path: Path) -> None:
+def test_compiles(tmp_path: Path) -> None:
     """Each format with the tiles of V3's matrices: all products are there, and shared memory that there is."""
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    code = "import test_gluon_dot as t; t.compile_for_hopper()"
+    code = "import test_gluon_dot as t; t.compile_cases()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == len(CASES)
-    for (encoding, tokens, *_), (shared, products) in zip(CASES, lines, strict=True):
-        assert int(shared) <= 227 << 10
+    for (encoding, tokens, _, _, capability), (shared, products) in zip(CASES, lines, strict=True):
+        assert int(shared) <= PROCESSORS[capability].shared_bytes
         assert int(products) == -(-tokens // 4) * (16 if FORMATS[encoding].group == 16 else 8)
 
 
-CASES = (("q4_k", 1, 7168, 16384), ("q5_k", 4, 7168, 2048), ("q6_k", 8, 18432, 7168), ("q4_k", 16, 2048, 7168))
+PROCESSORS = {80: Processors(108, 163 << 10), 89: Processors(128, 99 << 10), 90: Processors(132, 227 << 10)}
+"""Of an A100, an RTX 4090 and an H100, by compute capability."""
+
+CASES = (
+    ("q4_k", 1, 7168, 16384, 90),
+    ("q5_k", 4, 7168, 2048, 90),
+    ("q6_k", 8, 18432, 7168, 90),
+    ("q4_k", 16, 2048, 7168, 90),
+    ("q6_k", 4, 576, 7168, 89),
+    ("q6_k", 8, 576, 7168, 89),
+    ("q6_k", 8, 576, 7168, 80),
+)
 
 
-def compile_for_hopper() -> None:
-    """The body of `test_compiles_for_hopper`, for a process in which Triton does not interpret."""
+def compile_cases() -> None:
+    """The body of `test_compiles`, for a process in which Triton does not interpret."""
     compiler, targets = import_module("triton.compiler"), import_module("triton.backends.compiler")
     source = import_module("triton.experimental.gluon._runtime").GluonASTSource
     kernel = gluon_dot.products
-    for encoding, tokens, rows, cols in CASES:
-        f, t = FORMATS[encoding], choose_tiles(rows, cols, tokens, 132)
+    for encoding, tokens, rows, cols, capability in CASES:
+        f, t = FORMATS[encoding], choose_tiles(rows, cols, tokens, PROCESSORS[capability])
         constants = {
             "HIGH": f.high, "GROUP": f.group, "OFFSET": f.offset, "MINIMA": f.has_min, "BIAS": True, "TOKENS": tokens,
             "RW": t.row_warps, "KW": t.col_warps, "STAGES": t.stages,
@@ -189,7 +201,7 @@ def compile_for_hopper() -> None:
         attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in types}
         built = compiler.compile(
             source(kernel, signature, constants, attributes),
-            target=targets.GPUTarget("cuda", 90, 32),
+            target=targets.GPUTarget("cuda", capability, 32),
             options={"num_warps": t.row_warps * t.col_warps},
         )
         print(built.metadata.shared, built.asm["ptx"].count("mma.sync"))

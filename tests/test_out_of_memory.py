@@ -1,6 +1,7 @@
 """CUDA has no memory left in the middle of a call: that call says what was asked, and the next one works."""
 
 import gc
+from copy import deepcopy
 from typing import Any
 from weakref import ref
 
@@ -12,6 +13,7 @@ from ktcompile import CapacityError, Kernel, Target, load
 from ktcompile.backends.reference import Reference
 from ktcompile.backends.torch_mla import TorchMLA
 from ktcompile.memory import out_of_memory
+from ktcompile.sampling import Sampling
 from ktcompile.target import detect
 
 FULL = "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 1 has a total capacity of 23.65 GiB."
@@ -71,6 +73,35 @@ def test_the_next_call_works(model: Any, monkeypatch: pytest.MonkeyPatch, ids: l
         assert not [r().shape for r in seen if r() is not None and id(r()) not in kept]
     assert other.lengths == [4]
     assert torch.equal(step(model, other, ids), want)
+
+
+def test_choosing_tokens_finds_no_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = model.new_cache()
+    step(model, cache, [1, 2, 3])
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr("ktcompile.model.sample", full)
+    with pytest.raises(CapacityError, match="asked was a step of 2 tokens"):
+        model.next_tokens([4, 5], [3, 4], [2], [1], cache, [Sampling(0.0)])
+    assert cache.lengths == [3]
+
+
+def test_a_cache_that_nobody_holds_is_gone(model: Any) -> None:
+    """Without waiting for a collection: a call that brings no cache makes one."""
+    gc.collect()
+    gc.disable()
+    try:
+        held = model.new_cache()
+        alive = ref(model(torch.tensor([[1, 5, 9]]), past_key_values=held).past_key_values)
+        pool = ref(held.pools[0])
+        copied = deepcopy(held)
+        del held
+        assert alive() is pool() is None
+        assert copied.layers[0].owner is copied and copied.lengths == [3]
+    finally:
+        gc.enable()
 
 
 def test_a_cache_that_is_too_large(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

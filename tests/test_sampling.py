@@ -145,7 +145,15 @@ def test_exactly_top_p_is_enough() -> None:
 def test_one_token_that_is_possible() -> None:
     row = [-INF] * 9
     row[7] = -30.0
-    for values in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.5}, {"temperature": 0.0}, {"temperature": 1e-30}):
+    for values in (
+        {},
+        {"top_k": 3},
+        {"top_p": 0.9},
+        {"min_p": 0.5},
+        {"temperature": 0.0},
+        {"temperature": 1e-30},
+        {"temperature": 5e-324},
+    ):
         assert kept(row, **values) == {7}
 
 

@@ -233,6 +233,20 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
     assert all(int(line.split()[1]) <= H100.shared_bytes for line in lines), lines
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU")
+def test_memory_that_cannot_be_pinned() -> None:
+    """It is said, and torch goes on: the runtime's error is not left for the next kernel."""
+    held = torch.zeros(3, 1 << 20, dtype=torch.uint8)
+    inside = held.data_ptr() + (1 << 20)
+    assert int(torch.cuda.cudart().cudaHostRegister(inside, 4096, 0)) == 0
+    try:
+        with pytest.warns(UserWarning, match="cannot be pinned"):
+            Layer(held, held, held, ("q4_k", "q4_k", "q6_k")).pin()
+        assert float(torch.ones(8, device="cuda").sum()) == 8
+    finally:
+        torch.cuda.cudart().cudaHostUnregister(inside)
+
+
 def compile_for_hopper() -> None:
     """The body of `test_compiles_for_hopper`, for a process in which Triton does not interpret."""
     here: Any = kernels

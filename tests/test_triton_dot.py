@@ -5,12 +5,15 @@ In Triton's interpreter, where `dp4a` is emulated, or on a GPU; `test_triton_lin
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_triton_linear import DEVICE, HERE, TOLERANCE, close, inside_canaries, make, odd
 
+from ktcompile.backends import triton_dot
 from ktcompile.backends.planes import FORMATS, Planes
 from ktcompile.backends.triton_dot import DotTiles, Vector, dot, dot_tiles
 from ktcompile.backends.triton_linear import linear
@@ -79,6 +82,24 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     x = torch.randn(1, 512).to(DEVICE, torch.bfloat16)
     x[0, 100] = bad
     assert not dot(Vector(x), p).isfinite().any()
+
+
+def test_programs_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA takes 2^31 of them along the first axis, and 65535 along the second."""
+    grids: list[tuple[int, ...]] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    shapes = FORMATS["q8_0"].shapes(201088, 64)
+    p = Planes("q8_0", 201088, 64, {n: torch.zeros(s, dtype=t) for n, (s, t) in shapes.items()})
+    monkeypatch.setattr(triton_dot, "_dot", Recorded())
+    monkeypatch.setattr(triton_dot, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_dot, "tensor_cores", lambda device: "not here")
+    dot(Vector(torch.zeros(3, 64)), p)
+    assert grids == [(3 * 100544,)]
 
 
 def test_tiles_of_deepseek() -> None:

@@ -123,7 +123,7 @@ def _pages(app: FastAPI, state: State) -> None:
             "waiting": now.waiting,
             "pages": now.pages,
             "pages_used": now.used,
-            "prompt_tokens": now.read + now.reused,
+            "prompt_tokens": now.prompts,
             "cached_tokens": now.reused,
             "generation_tokens": now.said,
             "steps": now.steps,

@@ -47,7 +47,7 @@ class Metrics:
         ):
             yield GaugeMetricFamily(f"ktrans:{name}", what, value)
         for name, what, count in (
-            ("prompt_tokens", "Tokens of prompts, those found in the cache too.", now.read + now.reused),
+            ("prompt_tokens", "Tokens of prompts that were answered, those found in the cache too.", now.prompts),
             ("prefix_cache_hits", "Tokens of prompts that were found in the cache.", now.reused),
             ("generation_tokens", "Tokens of answers.", now.said),
             ("num_preemptions", "Requests that had to be read again.", now.preempted),

@@ -550,6 +550,29 @@ static void test_doorbell_while_resting(void) {
     require(atomic_load(&kt_process.awake) == 0);
 }
 
+/* Two ring: it sleeps once both have said that they are done. */
+static void test_two_ring(void) {
+    kt_pool *pool = kt_pool_new(2);
+    static bell b;
+    b = (bell){.pool = pool, .m = {.n = 2, .rounds = 1, .pool = pool}};
+    b.task = (kt_task){.call = answer, .argument = &b};
+    require(kt_pool_listen(pool, &b.task, &b.start, &b.done) == KT_OK);
+    for (unsigned i = 0; i < 20; i++) {
+        require(kt_pool_rest(pool, 0) == KT_OK && kt_pool_rest(pool, 0) == KT_OK);
+        require(kt_pool_rest(pool, 1) == KT_OK);
+        if (i == 0) sleep_us(10000);
+        b.question = i;
+        push(&b);
+        await(&b);
+        require(b.answer == i + 1);
+        require(kt_pool_rest(pool, 1) == KT_OK);
+        if (i % 2) require(kt_pool_rest(pool, 1) == KT_OK);  /* once too often */
+        while (!atomic_load(&pool->bell.parked)) sched_yield();
+    }
+    kt_pool_free(pool);
+    require(atomic_load(&kt_process.awake) == 0);
+}
+
 /* Who rings is about to wait: it leaves the CPUs of the pool, if there are others, and keeps its mask. */
 static void test_ringing_makes_way(void) {
     cpu_mask mask = kt_own_mask();
@@ -790,6 +813,7 @@ int main(int argc, char **argv) {
     run_test(test_doorbells());
     run_test(test_doorbells_in_order());
     run_test(test_doorbell_while_resting());
+    run_test(test_two_ring());
     run_test(test_ringing_makes_way());
     run_test(test_doorbell_rung_again());
     run_test(test_waiters_spin_only_where_there_is_room());

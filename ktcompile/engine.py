@@ -36,7 +36,8 @@ class Statistics:
     """The engine after its last step. Pages are `free`, `used`, or `idle`: written and kept for a prompt like it.
 
     `read`: tokens that went through the model, some more than once if `preempted`; `reused`: those found in pages
-    instead; `prompts`: tokens of the prompts that were answered; `said`: tokens of answers. `model_s` of `step_s` seconds are the model's. `finished`: requests by reason.
+    instead; `prompts`: tokens of the prompts that were answered; `said`: tokens of answers. `model_s` of `step_s`
+    seconds are the model's. `finished`: requests by reason.
     """
 
     running: int = 0

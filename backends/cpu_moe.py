@@ -346,7 +346,7 @@ class Amx(CpuMoe):
 
 
 class AmxInt8(CpuMoe):
-    """AMX tiles in int8, for int8 weights; activations in 8 bits, in groups of up to 1024. Lossy: only if asked."""
+    """AMX tiles in int8, for int8 weights; activations in 8 bits, in groups of up to 1024. Only if asked."""
 
     name = isa = "amx_int8"
     lossy = "experts' activations in 8 bits (amx_int8)"

@@ -179,6 +179,7 @@ def _load(
     vram: str | None = None,
     cache_dtype: str | None = None,
     chunk: int | None = None,
+    cache_tokens: int | None = None,
     told: Callable[[str, int, int], None] | None = None,
 ) -> Any:
     """The compiled model; what is done, how long it took since `start` and what is lossy goes to stderr.
@@ -207,6 +208,7 @@ def _load(
             context=context,
             cache_dtype=cache_dtype,
             chunk=chunk,
+            cache_tokens=cache_tokens,
             target=target,
             vram=vram,
             packed_cache=packed_cache,
@@ -402,7 +404,11 @@ def serve(
     def load(state: State) -> None:
         from ktcompile.engine import Engine
 
-        compiled = _load(checkpoint, target, start, *given, told=lambda *now: setattr(state, "progress", now))
+        def told(what: str, done: int, total: int) -> None:
+            state.progress = (what, done, total)
+
+        compiled = _load(checkpoint, target, start, *given, cache_tokens=cache_lens, told=told)
+        told("the cache", 0, 1)
         engine = Engine(
             compiled,
             checkpoint.tokenizer,
@@ -534,7 +540,9 @@ def _check_writable(option: str, path: Path | None) -> None:
 def explain(
     model: Model = None,
     gguf: Gguf = None,
-    phase: Annotated[str, typer.Option(help="decode or prefill.")] = "decode",
+    phase: Annotated[
+        str | None, typer.Option(help="decode or prefill. Default: decode, with more --tokens than 1 prefill.")
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens a step. Default: 1 in decode, 512 in prefill.")
     ] = None,
@@ -565,6 +573,7 @@ def explain(
     from ktcompile.model import explain as make_plans
     from ktcompile.plan import html_page
 
+    phase = phase or ("prefill" if (tokens or 1) > 1 else "decode")
     if phase not in PHASES:
         raise RulesError(f"--phase {phase}: there are {' and '.join(PHASES)}")
     checkpoint = _open(model, gguf)
@@ -695,13 +704,21 @@ def _doc(cls: type) -> str:
     return " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
 
 
+def _lacking(kernel: Any) -> str | None:
+    """Why a kernel cannot run on this machine: pages may be made of a GPU that is not here, and it takes that."""
+    from torch.cuda import is_available
+
+    missing: str | None = kernel.missing()
+    return missing or ("there is no GPU that torch can use" if kernel.device == "cuda" and not is_available() else None)
+
+
 @app.command()
 def kernels() -> None:
     """List the kernels, and why one cannot run on this machine."""
     from ktcompile.kernel import available
 
     for name, kernel in available().items():
-        why = kernel.missing()
+        why = _lacking(kernel)
         op = "any op" if kernel.op == "*" else kernel.op
         where = {"*": "any device", "cuda": "a GPU", "cpu": "a CPU"}.get(kernel.device, kernel.device)
         out.print(f"{name}: {op} on {where}, {'can run here' if why is None else f'cannot run here: {why}'}")
@@ -780,7 +797,7 @@ def doctor() -> None:
     width = max(len(k) for k, _ in rows)
     for key, value in rows:
         out.print(f"{key:<{width}}  {value}")
-    missing = {name: why for name, k in available().items() if (why := k.missing())}
+    missing = {name: why for name, k in available().items() if (why := _lacking(k))}
     out.print()
     for name, why in missing.items():
         out.print(f"kernel {name} cannot run here: {why}")

@@ -34,6 +34,7 @@ from ktcompile.runtime import Executable, Progress, Step, Store, check_one_layou
 from ktcompile.sampling import Choices, Sampled, Sampling, sample
 from ktcompile.step_graph import StepGraph, StreamedStep
 from ktcompile.step_parts import NotCapturable
+from ktcompile.symbols import PAGE
 from ktcompile.symbols import sizes as symbol_sizes
 from ktcompile.target import Target, default_threads, detect, with_vram
 from ktcompile.verify import gib
@@ -184,7 +185,7 @@ def capture_phase(
     requests, tokens = (1, 1) if phase == "decode" else (2, 5)
     with torch.device("cpu"):
         # The page counts the memory of one request of `context` tokens, however many requests this graph can take.
-        each = -(-settings.context // requests)
+        each = max(PAGE, -(-settings.context // requests))
         cache = PagedCache(
             model.config,
             requests=requests,
@@ -313,7 +314,12 @@ def explain(
     """The plan after each pass (or only the last one, without `every`), the last one last. Reads no weight.
 
     `encoding`: plan as if the weights were stored so; a configuration without weights needs none and counts as bf16.
+    RulesError for a step of so many `tokens` that there is none.
     """
+    if tokens is not None and tokens > settings.context:
+        raise RulesError(f"{tokens} tokens a step: the context holds {settings.context}")
+    if tokens is not None and tokens > PLANNED_TOKENS["decode"] and phase == "decode":
+        raise RulesError(f"{tokens} tokens a step of decode: there it is 1; prefill plans steps of several")
     model = empty_model(checkpoint.config, settings.dtype)
     if encoding is not None or checkpoint.source is None:
         shapes = {k: tuple(v.shape) for k, v in (*model.named_parameters(), *model.named_buffers())}
@@ -639,6 +645,7 @@ def load(
     vram: str | int | None = None,
     cache_dtype: str | None = None,
     chunk: int | None = None,
+    cache_tokens: int | None = None,
     packed_cache: str | Path | None = None,
     compile_cache: bool = False,
     progress: Progress | None = None,
@@ -653,6 +660,7 @@ def load(
     compiled graphs in the user's cache folder, and take them from there. Besides the usual methods the model
     has `plans` (by phase), `step`, `next_tokens`, `new_cache`, `memory`, `work`, `chunk` and `context`.
     `cache_dtype`: `fp8` keeps latents in 8 bits (lossy). `chunk`: prompt tokens a step; default: what fits best.
+    `cache_tokens`: plan for a cache of so many tokens, of all requests together; default: one request of `context`.
     Raises ModelFileError, RulesError, CapacityError.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, gguf)
@@ -678,6 +686,8 @@ def load(
         if reuse:
             reuse.save(compiled)
     graphs, plans, settings = compiled.graphs, compiled.plans, replace(settings, chunks=compiled.chunks)
+    if cache_tokens is not None:
+        plans = {phase: plan.with_cache(cache_tokens) for phase, plan in plans.items()}
     if vram is not None:
         keep_to(settings.target)
     tables = {k: b for k, b in hollow.named_buffers() if not b.isnan().any()}  # what the model computed itself

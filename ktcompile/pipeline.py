@@ -213,8 +213,12 @@ def shipped() -> list[str]:
 
 
 def _read(rules: str | Path, asked: str | None) -> tuple[str, str]:
-    path = Path(rules)
     prefix = f"{asked}: " if asked else ""
+    if not isinstance(rules, (str, Path)):
+        raise RulesError(
+            f"{prefix}rules {rules!r}: a file's path, or the name of rules that ship: {', '.join(shipped())}"
+        )
+    path = Path(rules)
     if isinstance(rules, str) and "/" not in rules and not rules.endswith((".yaml", ".yml")):
         if rules not in shipped():
             raise RulesError(

@@ -4,17 +4,18 @@ import difflib
 import html
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+from ktcompile.errors import CapacityError
 from ktcompile.graph import Region, argument, copies, device_of, is_copy, is_region, is_scalar, regions, value_of
 from ktcompile.kernel import CONTEXT, TOKENS, Kernel
 from ktcompile.memory import workspace
-from ktcompile.symbols import concrete, nbytes
+from ktcompile.symbols import PAGE, concrete, nbytes
 from ktcompile.symbols import sizes as symbol_sizes
 from ktcompile.target import Target
 from ktcompile.verify import gib, used
@@ -85,11 +86,31 @@ class Plan:
 
     @property
     def us(self) -> float | None:
-        """Microseconds of one step at least: every byte read once at full bandwidth, one region after the other."""
-        known = [r.us for r in self.rows if r.us is not None]
-        if len(known) < len(self.rows):
-            return None  # before kernels are chosen
-        return float(f"{sum(known):.9g}")  # the last bits depend on the version of Python
+        """Microseconds of one step at least: every byte is read once at full bandwidth, every product at full rate.
+
+        Devices and links work at the same time where nothing waits for another's result, each at one row at a time.
+        """
+        free: dict[str, float] = {}
+        ready: dict[str, float] = {}
+        for row in self.rows:
+            if row.us is None:
+                return None  # before kernels are chosen
+            start = max([free.get(row.device, 0.0), *(ready.get(_whole(name), 0.0) for name in row.reads)])
+            free[row.device] = ready[_whole(row.name)] = start + row.us  # of several results the last is the latest
+        return float(f"{max(free.values(), default=0.0):.9g}")  # the last bits depend on the version of Python
+
+    def with_cache(self, tokens: int) -> "Plan":
+        """The same with a cache of so many tokens, of all requests together. CapacityError where it does not fit."""
+        pages, planned = -(-tokens // PAGE), -(-self.context // PAGE)
+        uses = tuple(replace(u, cache=u.cache * pages // planned) for u in self.uses)
+        for before, u in zip(self.uses, uses, strict=True):
+            if u.total > u.capacity:
+                free = u.capacity - (u.total - u.cache)
+                raise CapacityError(
+                    f"a cache of {tokens} tokens takes {gib(u.cache)} of {u.device}, where {gib(free)} are left; at "
+                    f"most {free * planned // before.cache * PAGE} tokens fit"
+                )
+        return replace(self, uses=uses)
 
     def text(self) -> str:
         """The page."""
@@ -117,7 +138,8 @@ class Plan:
         if self.us is not None:
             rate = self.tokens / self.us * 1e6
             digits = 0 if rate >= 100 else 1
-            yield f"# at best {_time(self.us)} a step, {rate:.{digits}f} tokens/s: what memory bandwidth allows"
+            best = f"{_time(self.us)} a step, {rate:.{digits}f} tokens/s"
+            yield f"# at best {best}: what memory, links and arithmetic allow"
 
     def _foot(self) -> Iterator[str]:
         if self.notes:
@@ -202,6 +224,11 @@ def _input_name(name: str) -> str:
     return name.removeprefix("kwargs.")
 
 
+def _whole(name: str) -> str:
+    """Of one of several results, the name of all."""
+    return re.sub(r"#\d+", "", name)
+
+
 _BOOKKEEPING = {"cache.page_table", "cache.seq_len", "cache.query_start"}
 
 
@@ -235,9 +262,7 @@ def _row(
     region = Region(node)
     reads = tuple(
         dict.fromkeys(
-            re.sub(r"#\d+", "", names[i])
-            for i in region.inputs
-            if not is_scalar(i) and names[i].split("@")[0] not in _BOOKKEEPING
+            _whole(names[i]) for i in region.inputs if not is_scalar(i) and names[i].split("@")[0] not in _BOOKKEEPING
         )
     )
     codes = dict.fromkeys(code for w in region.weights.values() for code in str(w.meta.get("encoding", "")).split("+"))

@@ -39,6 +39,8 @@ class Place(Pass):
             if device is None:
                 raise RulesError(f'no rule matches {region.path}; end the rules with "*": gpus')
             chosen[region] = device
+        for glob in _shadowed(list(devices), found):
+            ctx.skip("", f"rule {glob!r} applies to nothing: earlier rules take all that it matches")
         chosen |= _spread([r for r in found if chosen[r] == GPUS], ctx.target)
         for region, device in chosen.items():
             region.place(device)
@@ -54,6 +56,12 @@ class Place(Pass):
             return target[name].name
         except RulesError as error:
             raise OptionError(f"rules.{glob}", str(error)) from error
+
+
+def _shadowed(globs: Sequence[str], regions: Sequence[Region]) -> list[str]:
+    """Rules that come too late; a last "*" may, it is for what others leave."""
+    used = {next(g for g in globs if r.matches(g)) for r in regions}
+    return [glob for glob in globs if glob not in used and glob != "*"]
 
 
 def _spread(regions: Sequence[Region], target: Target) -> dict[Region, str]:

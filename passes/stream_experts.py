@@ -36,7 +36,10 @@ class StreamExperts(Pass):
         if gpu.kind != "cuda" or not self.most:
             ctx.skip("", "off: most is 0" if gpu.kind == "cuda" else "there is no GPU")
             return gm
-        for region in list(regions(gm, op="moe")):
+        experts = list(regions(gm, op="moe"))
+        if all(ctx.target[r.device or ""].kind != "cpu" for r in experts):
+            ctx.skip("", "no experts lie in RAM")
+        for region in experts:
             shape = region.binding.shape if region.binding else None
             if shape is None or ctx.target[region.device or ""].kind != "cpu" or shape.share is not None:
                 continue

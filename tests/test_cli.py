@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 DATA = Path(__file__).parent / "data"
 KTRANS = (sys.executable, "-m", "ktcompile.cli")  # as a process of its own
@@ -109,6 +110,10 @@ def test_lossy_modes_are_named(ktrans):
         (("explain", "--after", "plce"), ("plce", "place")),
         (("explain", "--phase", "warmup"), ("decode and prefill",)),
         (("explain", "--gpu", "24X"), ("24X",)),
+        (("explain", "--tokens", "100000000"), ("100000000 tokens", "holds 1024")),
+        (("explain", "--tokens", "8", "--phase", "decode"), ("8 tokens", "there it is 1; prefill")),
+        (("serve", "--port", "0", "--cache-lens", "1000000000000"), ("cache of 1000000000000 tokens", "at most")),
+        (("chat", "-p", "hi", "--context", "2"), ("the prompt has 5 tokens; the context holds 2",)),
         (("explain", "--encoding", "q9"), ("q9", "q4_k_m")),
     ],
 )
@@ -137,6 +142,7 @@ def test_explain_after_a_pass_and_for_a_phase(ktrans):
     assert "prefill: 300 tokens" in out
     assert "[1,300,256]" in out
     assert "copy" not in out
+    assert "prefill: 300 tokens" in ktrans("explain", *MACHINE, "--tokens", "300")[1]
 
 
 def test_explain_diff_shows_what_each_pass_changed(ktrans, golden):
@@ -185,6 +191,8 @@ def test_what_there_is(ktrans):
         assert code == 0
         for word in words:
             assert word in out
+    if not torch.cuda.is_available():
+        assert "encoded: any op on a GPU, cannot run here: there is no GPU" in ktrans("kernels")[1]
 
 
 PEAK = """

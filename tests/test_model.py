@@ -331,6 +331,7 @@ def test_wrong_batch(gguf: PreTrainedModel) -> None:
         (lambda: load(experts=6, ranking="wait"), RulesError, "wait"),
         (lambda: load(ranking="weight"), RulesError, "ranking"),
         (lambda: load(rules="deepseek"), RulesError, "deepseek-v3"),
+        (lambda: load(rules=5), RulesError, "rules 5: a file's path, or the name"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_load(call: Callable[[], Any], kind: type[Exception], told: str) -> None:

@@ -64,7 +64,22 @@ def test_totals(embedded: list[Plan]) -> None:
         assert sum(r.device == use.device and r.op != "copy" for r in plan.rows) == use.regions
         assert use.weights + use.cache <= use.capacity
     assert sum(r.nbytes for r in plan.rows if r.op == "copy") == plan.copied_bytes > 0
-    assert plan.us == pytest.approx(sum(r.us for r in plan.rows if r.us is not None))
+    times = [(r.device, r.us or 0.0) for r in plan.rows]
+    least = max(sum(us for device, us in times if device == d) for d, _ in times)
+    assert least <= (plan.us or 0.0) <= sum(us for _, us in times)
+
+
+def test_what_runs_at_the_same_time(embedded: list[Plan]) -> None:
+    """A device has one row at a time; a row waits for what it reads, of several results for the last."""
+    like = next(r for r in embedded[-1].rows if r.op == "moe")
+
+    def time(*rows: tuple[str, str, float, str]) -> float | None:
+        made = (replace(like, name=n, device=d, us=us, reads=tuple(reads.split())) for n, d, us, reads in rows)
+        return replace(embedded[-1], rows=tuple(made)).us
+
+    assert time(("a", "cpu", 3, ""), ("b", "cuda:0", 5, ""), ("c", "cuda:0", 1, "a b")) == 6
+    assert time(("a", "cpu", 3, ""), ("b", "cuda:0", 5, "a"), ("c", "cpu", 4, "")) == 8
+    assert time(("a#0@cpu", "-> cpu", 1, ""), ("a#1@cpu", "-> cpu", 2, ""), ("b", "cpu", 4, "a@cpu")) == 7
 
 
 # ------------------------------------------------------------------------------------------------ differences

@@ -215,6 +215,8 @@ def test_what_is_made_to_fit(served: Served, change: dict[str, Any]) -> None:
 def test_what_is_no_json(served: Served, body: bytes) -> None:
     answer = served.http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["message"]
+    if body == b"{":
+        assert answer.json()["error"]["message"].startswith("the body is not JSON: Expecting property name")
 
 
 def test_keys_hosts_and_models(served: Served) -> None:

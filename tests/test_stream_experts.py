@@ -147,6 +147,15 @@ def test_layers_are_shared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names.index("L1.experts.streamed") < names.index("L1.shared") < names.index("L1.experts.sum")
 
 
+def test_experts_on_the_gpu_are_not_shared() -> None:
+    gm = captured("deepseek_v3", "prefill")
+    _, ctx = rewritten(gm, fake("24G"), Fold(), Place({"*": "gpu", "*.experts": "cpu"}), StreamExperts())
+    assert [(n.by, n.why) for n in ctx.notes] == [
+        ("place", "rule '*.experts' applies to nothing: earlier rules take all that it matches"),
+        ("stream-experts", "no experts lie in RAM"),
+    ]
+
+
 def test_what_is_not_shared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         notes = passed("decode", StreamExperts(), monkeypatch=patched)[1].notes
@@ -212,7 +221,7 @@ def test_a_whole_model(file: Path, rules: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_page(file: Path, golden: Golden) -> None:
     checkpoint = open_checkpoint(file)
-    plan = explain(checkpoint, settings_for(checkpoint, target=fake("24G"), context=64), "prefill", 512)[-1]
+    plan = explain(checkpoint, settings_for(checkpoint, target=fake("24G"), context=512), "prefill", 512)[-1]
     golden("prefill", "\n".join(line for line in plan.text().splitlines() if "experts" in line))
 
 

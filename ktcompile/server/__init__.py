@@ -80,6 +80,9 @@ def create_app(state: State, *, key: str | None = None, hosts: tuple[str, ...] |
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            what = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+            return await told(request, ApiError(400, what, code="invalid_value"))
         where = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
         return await told(request, ApiError(400, f"{where}: {first['msg']}", param=where, code="invalid_value"))
 

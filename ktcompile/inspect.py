@@ -244,6 +244,9 @@ def _safetensors(path: Path) -> Report:
     if path.is_dir() and not any(path.glob("*.safetensors*")):
         return _config_only(path, fields)
     problem = None if fields else f"there is no config.json beside {path.name}; give the model's folder"
+    shard = re.search(r"-\d{5}-of-(\d{5})\.safetensors$", path.name)
+    if problem is None and shard and int(shard[1]) > 1:
+        problem = f"this is one of {int(shard[1])} files; give the model's folder"
     try:
         block = scale_block(fields.get("quantization_config"), str(config_path))
     except ModelFileError as error:

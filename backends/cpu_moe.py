@@ -130,7 +130,8 @@ class CpuMoe(Kernel):
         return Cost(part * whole.nbytes, part * whole.flops)
 
     def cache_key(self, region: Region) -> str | None:
-        return f"{region.binding.shape} {matrices(region)}"
+        shape = region.binding.shape  # what else it says decides no byte: top_k, and rates that each start measures
+        return f"{shape.experts} of {shape.hidden} x {shape.width}, clamp {shape.clamp is not None}, {matrices(region)}"
 
     def pack(self, parts: Parts, region: Region, target: Target) -> Packed:
         types, threads = matrices(region), target[region.home or ""].threads

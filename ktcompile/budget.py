@@ -62,7 +62,9 @@ def smallest_change(
     free = replace(target, devices=tuple(replace(d, capacity=1 << 60) for d in target.devices))
     placed = pipeline.until("place").run(gm, Context(free, ctx.weights))
     there = [r for r in regions(placed) if r.home == error.device]
-    cache_bytes = sum(_cache_bytes(r) for r in there)
+    cache_bytes: dict[str | None, int] = {}
+    for region in regions(placed):
+        cache_bytes[region.home] = cache_bytes.get(region.home, 0) + _cache_bytes(region)
 
     def attempt(changed: Pipeline, tokens_kept: int) -> KtransError | None:
         with _shorter(gm, tokens_kept, context):
@@ -107,23 +109,24 @@ def _still_over(found: KtransError, error: CapacityError) -> int:
 
 
 def _shorter_context(
-    error: CapacityError, pipeline: Pipeline, context: int, cache_bytes: int, attempt: Attempt
+    error: CapacityError, pipeline: Pipeline, context: int, cache_bytes: Mapping[str | None, int], attempt: Attempt
 ) -> str | None:
+    """`cache_bytes`: of the whole context, by device."""
     pages = failed = -(-context // PAGE)
-    least, over, fits = LEAST_CONTEXT // PAGE, error.excess, 0
+    least, fits = LEAST_CONTEXT // PAGE, 0
     for _ in range(MOST_PLANS):
         if fits and failed - fits == 1:
             break
-        tried = fits + 1 if fits else failed - -(-over * pages // max(1, cache_bytes))
+        tried = fits + 1 if fits else failed - -(-error.excess * pages // max(1, cache_bytes.get(error.device, 0)))
         if tried < least:
             return None
         found = attempt(pipeline, tried * PAGE)
         if found is None:
             fits = tried
+        elif isinstance(found, CapacityError) and found.excess:  # of this device or another
+            failed, error = tried, found
         else:
-            failed, over = tried, _still_over(found, error)
-            if not over:
-                return None
+            return None
     return f"--context {fits * PAGE}" if fits else None
 
 

@@ -501,7 +501,8 @@ def bench(
     longest = int(getattr(checkpoint.config, "max_position_embeddings", chosen.context))
     most = longest if context is None else context
     tests = tests_for(lengths, generated, after, at_once, most)
-    given = (experts, ranking, quantize, rules, dtype, context_for(tests, most), packed_cache)
+    context = context_for(tests, most) if context is None else context
+    given = (experts, ranking, quantize, rules, dtype, context, packed_cache)
     compiled = _load(checkpoint, target, start, *given, cache_dtype=cache_dtype, chunk=chunk_size)
     with _progress("measuring", MofNCompleteColumn(), TimeRemainingColumn()) as (bar, task):
         report = run(
@@ -544,7 +545,8 @@ def explain(
         str | None, typer.Option(help="decode or prefill. Default: decode, with more --tokens than 1 prefill.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a step. Default: 1 in decode, 512 in prefill.")
+        int | None,
+        typer.Option(min=1, help="Tokens a step. Default: 1 in decode; in prefill 512, with a GPU up to 2048."),
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="Plan as if there were a GPU of this memory (24G; 2x24G: two), or none.")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from importlib.metadata import entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -148,15 +149,23 @@ def _told(target: Target) -> list[Any]:
 
 
 def _code() -> str:
-    """A hash that changes with the code: of ktcompile (every file's size and time), of plugins, of libraries."""
+    """A hash that changes with the code: of ktcompile and plugins (every file's size and time), of libraries."""
     said: list[Any] = [platform.python_version(), *(f"{n} {version(n)}" for n in ("torch", "transformers", "sympy"))]
-    for folder, _, names in sorted(os.walk(Path(str(ktcompile.__file__)).parent, followlinks=True)):
-        status = [(name, Path(folder, name).stat()) for name in sorted(names) if name.endswith((".py", ".yaml"))]
-        said += [(folder, name, s.st_size, s.st_mtime_ns) for name, s in status]
+    said += _files(Path(str(ktcompile.__file__)).parent)
     for group in ("ktcompile.passes", "ktcompile.kernels"):
         for point in sorted(entry_points(group=group), key=lambda e: (e.name, e.value)):
             said.append((point.name, point.value, point.dist.version if point.dist else ""))
+            if point.module.split(".")[0] != "ktcompile" and (found := find_spec(point.module)) and found.origin:
+                path = Path(found.origin)
+                said += _files(path.parent if found.submodule_search_locations else path)
     return blake2b(repr(said).encode(), digest_size=20).hexdigest()
+
+
+def _files(path: Path) -> list[Any]:
+    """Size and time of a file, or of all code in a folder."""
+    inside = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+    files = [path] if path.is_file() else sorted(f for f in inside if f.suffix in (".py", ".yaml"))
+    return [(str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in files]
 
 
 # ------------------------------------------------------------------------------------------------ graphs as bytes

@@ -687,7 +687,7 @@ def load(
             reuse.save(compiled)
     graphs, plans, settings = compiled.graphs, compiled.plans, replace(settings, chunks=compiled.chunks)
     if cache_tokens is not None:
-        plans = {phase: plan.with_cache(cache_tokens) for phase, plan in plans.items()}
+        plans = {phase: plans[phase].with_cache(cache_tokens) for phase in reversed(PHASES)}  # prefill needs more
     if vram is not None:
         keep_to(settings.target)
     tables = {k: b for k, b in hollow.named_buffers() if not b.isnan().any()}  # what the model computed itself
@@ -722,7 +722,7 @@ def _compiled(hollow: PreTrainedModel, settings: Settings, checkpoint: Checkpoin
     """Both phases captured and taken through the pipeline."""
     graphs: dict[str, fx.GraphModule] = {}
     plans: dict[str, Plan] = {}
-    for phase in PHASES:
+    for phase in reversed(PHASES):  # prefill needs more memory: what is told that fits does so in both
         gm = capture_phase(hollow, phase, settings, checkpoint)
         graphs[phase], (plans[phase],), settings = run_phase(gm, settings, checkpoint, phase)
     check_one_layout(list(graphs.values()))

@@ -63,15 +63,15 @@ class PackedCache:
     def load(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of a file, every byte checked; None if there is none that can be used, and `notes` says why."""
         path = self.folder / name
-        if not path.exists():
-            return None
         try:
             if why := _foreign(path.lstat()):
                 raise ModelFileError(f"{path}: {why}")
             found = _read(ModelFile(path), name)
             self.loaded += 1
             return found
-        except ModelFileError as error:
+        except FileNotFoundError:
+            return None
+        except (ModelFileError, OSError) as error:
             self.notes.append(f"not used: {error}")
             return None
 

@@ -139,7 +139,7 @@ class Plan:
             rate = self.tokens / self.us * 1e6
             digits = 0 if rate >= 100 else 1
             best = f"{_time(self.us)} a step, {rate:.{digits}f} tokens/s"
-            yield f"# at best {best}: what memory, links and arithmetic allow"
+            yield f"# at best {best}: by nominal rates of memory, links and arithmetic"
 
     def _foot(self) -> Iterator[str]:
         if self.notes:

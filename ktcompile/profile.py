@@ -12,8 +12,10 @@ import torch
 from torch import fx
 
 from ktcompile.bench import Requests
+from ktcompile.cache import windows
 from ktcompile.generate import CHUNK
 from ktcompile.graph import copy_to, short
+from ktcompile.ops.moe import MoeShape
 from ktcompile.runtime import Executable, Step
 from ktcompile.target import Target
 
@@ -181,12 +183,15 @@ class _Timed(fx.Interpreter):
 def read_bytes(step: Step, tokens: int) -> int:
     """Bytes of packed weights that a region has to read: none of an embedding, of the experts those chosen.
 
-    Many tokens choose experts as if at random.
+    Many tokens choose experts as if at random. Of experts that two devices share, each reads its own; those that
+    stream are read whole.
     """
     shape, total = step.call.shape, step.packed.nbytes
-    experts, top_k = getattr(shape, "experts", 0), getattr(shape, "top_k", 0)
-    if step.call.op == "moe" and experts:
-        return round(total * (1 - (1 - top_k / experts) ** tokens))
+    if step.call.op == "moe" and isinstance(shape, MoeShape):
+        streamed = shape.share.streamed(tokens, shape) / shape.experts if shape.share else 0.0
+        if shape.share and shape.share.streams:
+            return round(total * streamed)
+        return round(total * (1 - streamed) * (1 - (1 - shape.top_k / shape.experts) ** tokens))
     return 0 if step.call.op == "embed" else total
 
 
@@ -214,9 +219,11 @@ def profile(model: Any, count: int, depth: int, batch: int, repetitions: int = 3
             runs.append(timed.events)
     runs.sort(key=lambda events: sum(e.seconds for e in events))
     held: dict[str, int] = {}
-    for pool in requests.cache.pools:
-        device = str(pool.device)
-        held[device] = held.get(device, 0) + batch * depth * pool.shape[-1] * pool.element_size()
+    kinds = windows(model.config)
+    layers = getattr(model.config, "layer_types", None) or [next(iter(kinds))] * len(requests.cache.pools)
+    for pool, kind in zip(requests.cache.pools, layers, strict=True):
+        device, seen = str(pool.device), min(depth, kinds[kind] or depth)
+        held[device] = held.get(device, 0) + batch * seen * pool.shape[-1] * pool.element_size()
     has_gpu = any(d.torch.type == "cuda" for d in target.devices)
     busy = gpu_seconds(requests, depth, repetitions) if has_gpu and count == 1 else None
     events = tuple(runs[len(runs) // 2])

@@ -150,6 +150,18 @@ def test_a_shorter_context(golden: Golden) -> None:
     assert "cuda:0 needs" in refused(target, context=context + 16)
 
 
+def test_a_shorter_context_for_two_gpus() -> None:
+    """The second is still too small where the first is not any more."""
+    both = fake("2x24G")
+    both = replace(both, devices=tuple(replace(d, reserved=0) for d in both.devices))
+    first, second, _ = plan(with_capacity(both, cuda_0=6 * MIB, cuda_1=6 * MIB)).uses
+    assert first.cache and second.cache
+    small = with_capacity(both, cuda_0=first.total - 40 * KIB, cuda_1=second.total - 60 * KIB)
+    context = int(re.findall(r"--context (\d+)", refused(small))[0])
+    assert all(u.total <= u.capacity for u in plan(small, context=context).uses)
+    refused(small, context=context + 16)
+
+
 def test_fewer_bits(golden: Golden) -> None:
     """Attention keeps its context: the cache is elsewhere, and no other context would help."""
     target = bare(cpu=20 * MIB)

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,19 @@ def test_another_model_machine_setting_or_code_is_another_file(monkeypatch: pyte
     assert cache_of(EMBEDDED, slower, pipeline="a").load() == KEPT  # it is measured, and never the same
     monkeypatch.setattr(compile_cache, "version", lambda name: "99")
     assert cache_of(EMBEDDED, pipeline="a").load() is None
+
+
+def test_a_plugin_that_was_changed_is_other_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its version may be the same: it is being written."""
+    plugin = tmp_path / "hot_layers_of_a_test.py"
+    plugin.write_text("BUDGET = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    point = EntryPoint("hot-layers", "hot_layers_of_a_test:HotLayers", "ktcompile.passes")
+    monkeypatch.setattr(compile_cache, "entry_points", lambda group: [point])
+    before = compile_cache._code()
+    assert compile_cache._code() == before
+    plugin.write_text("BUDGET = 20\n")
+    assert compile_cache._code() != before
 
 
 def test_a_plan_for_a_machine_that_seemed_slow_is_made_again() -> None:

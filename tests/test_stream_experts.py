@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,12 +26,15 @@ from ktcompile.backends import native
 from ktcompile.backends import triton_streamed as kernels
 from ktcompile.backends.triton_language import triton
 from ktcompile.backends.triton_streamed import Layer, streamed
+from ktcompile.capture import empty_model
 from ktcompile.checkpoint import open_checkpoint
-from ktcompile.model import explain, settings_for
+from ktcompile.kernel import available
+from ktcompile.model import capture_phase, explain, run_pipeline, settings_for
 from ktcompile.ops.moe import MIN_SHARED_TOKENS, MoeShape, Share, moe, moe_share
 from ktcompile.passes.fold import Fold
 from ktcompile.passes.place import Place
 from ktcompile.passes.stream_experts import StreamExperts
+from ktcompile.profile import read_bytes
 from ktcompile.runtime import Step
 from ktcompile.target import fake
 
@@ -154,6 +158,35 @@ def test_experts_on_the_gpu_are_not_shared() -> None:
         ("place", "rule '*.experts' applies to nothing: earlier rules take all that it matches"),
         ("stream-experts", "no experts lie in RAM"),
     ]
+
+
+def test_what_is_kept_on_disk_is_found_again(file: Path) -> None:
+    """Experts are packed alike whatever else is chosen: rates are measured anew at every start."""
+    checkpoint = open_checkpoint(file)
+    keys, shapes = set(), set()
+    for experts, speed in ((2, 1), (1, 1), (2, 3)):
+        devices = tuple(replace(d, bandwidth=d.bandwidth / speed) for d in fake("24G").devices)
+        chosen = settings_for(checkpoint, target=replace(fake("24G"), devices=devices), context=64, experts=experts)
+        gm = capture_phase(empty_model(checkpoint.config, chosen.dtype), "prefill", chosen, checkpoint)
+        gm, _ = run_pipeline(gm, chosen, "", "prefill", 64, source=checkpoint.source)
+        region = next(r for r in regions(gm, op="moe") if r.device == "cpu")
+        keys.add(available()[str(region.kernel)].cache_key(region))
+        shapes.add(region.binding.shape)
+    assert len(shapes) == 3 and len(keys) == 1
+
+
+def test_each_reads_its_own_experts() -> None:
+    shape = MoeShape(10, 32, 16, 2, "silu", share=Share(True, 1.0, 1.0, 0.0))
+    tokens = 2 * MIN_SHARED_TOKENS
+
+    def read(of: MoeShape, count: int) -> int:
+        call = SimpleNamespace(op="moe", shape=of)
+        return read_bytes(SimpleNamespace(call=call, packed=SimpleNamespace(nbytes=1000)), count)  # type: ignore[arg-type]
+
+    rest = replace(shape, share=replace(SHARE, streams=False, across_s=1.0, read_s=1.0, token_s=0.0))
+    assert (read(shape, tokens), read(rest, tokens)) == (500, 500)
+    assert (read(shape, 1), read(rest, 1)) == (0, 200)
+    assert read(replace(shape, share=None), 1) == 200
 
 
 def test_what_is_not_shared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

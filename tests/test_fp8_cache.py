@@ -191,6 +191,10 @@ def test_an_older_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     region = next(regions(rewritten(gm, target, Fold())[0], op="mla"))
     region.place("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # it is imagined: nobody knows what it can
+    monkeypatch.setattr(torch.cuda, "get_device_capability", None)
+    assert refusal(TritonMLA(), region, target) == kernels.unavailable()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for capability, why in (
         ((8, 6), "Triton converts FP8 from compute capability 8.9 on; cuda:0 has less"),
         ((8, 9), kernels.unavailable()),

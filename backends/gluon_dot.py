@@ -480,8 +480,8 @@ class Tiles:
 
 
 def choose_tiles(rows: int, cols: int, tokens: int, processors: Processors) -> Tiles:
-    """For a matrix and so many tokens: of seven the fastest on an H200 for nearly all of V3's
-    matrices, at worst 16 % slower (`bench_linear.py --sweep`).
+    """For a matrix and so many tokens: of seven the fastest on an H200 for nearly all of V3's matrices, at worst 16 %
+    slower (`bench_linear.py --sweep`).
 
     Many blocks a multiprocessor hide the latency of memory; where there are few rows, more steps ahead do, if shared
     memory has room for them.

@@ -219,10 +219,10 @@ def profile(model: Any, count: int, depth: int, batch: int, repetitions: int = 3
             runs.append(timed.events)
     runs.sort(key=lambda events: sum(e.seconds for e in events))
     held: dict[str, int] = {}
-    kinds = windows(model.config)
-    layers = getattr(model.config, "layer_types", None) or [next(iter(kinds))] * len(requests.cache.pools)
-    for pool, kind in zip(requests.cache.pools, layers, strict=True):
-        device, seen = str(pool.device), min(depth, kinds[kind] or depth)
+    pools, window = requests.cache.pools, windows(model.config)
+    kinds = getattr(model.config, "layer_types", None) or [""] * len(pools)
+    for pool, kind in zip(pools, kinds, strict=True):
+        device, seen = str(pool.device), min(depth, window[kind] or depth)
         held[device] = held.get(device, 0) + batch * seen * pool.shape[-1] * pool.element_size()
     has_gpu = any(d.torch.type == "cuda" for d in target.devices)
     busy = gpu_seconds(requests, depth, repetitions) if has_gpu and count == 1 else None

@@ -34,12 +34,14 @@ class Place(Pass):
             if not any(r.matches(glob) for r in found):
                 raise OptionError(f"rules.{glob}", f"rule {glob!r} matches no region; {suggest(glob, found)}")
         chosen: dict[Region, str] = {}
+        unused = devices.keys() - {"*"}  # a last "*" is for what others leave
         for region in found:
-            device = next((d for glob, d in devices.items() if region.matches(glob)), None)
-            if device is None:
+            rule = next((glob for glob in devices if region.matches(glob)), None)
+            if rule is None:
                 raise RulesError(f'no rule matches {region.path}; end the rules with "*": gpus')
-            chosen[region] = device
-        for glob in _shadowed(list(devices), found):
+            chosen[region] = devices[rule]
+            unused.discard(rule)
+        for glob in (g for g in devices if g in unused):
             ctx.skip("", f"rule {glob!r} applies to nothing: earlier rules take all that it matches")
         chosen |= _spread([r for r in found if chosen[r] == GPUS], ctx.target)
         for region, device in chosen.items():
@@ -56,12 +58,6 @@ class Place(Pass):
             return target[name].name
         except RulesError as error:
             raise OptionError(f"rules.{glob}", str(error)) from error
-
-
-def _shadowed(globs: Sequence[str], regions: Sequence[Region]) -> list[str]:
-    """Rules that come too late; a last "*" may, it is for what others leave."""
-    used = {next(g for g in globs if r.matches(g)) for r in regions}
-    return [glob for glob in globs if glob not in used and glob != "*"]
 
 
 def _spread(regions: Sequence[Region], target: Target) -> dict[Region, str]:

@@ -103,6 +103,14 @@ class Planes:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
 
+    def part(self, first: int, rows: int) -> "Planes":
+        """At most so many `rows` from row `first` on, a multiple of 128, without a copy."""
+        last, lines = min(first + rows, self.rows), {}
+        for name, tensor in self.tensors.items():
+            each = self.format.group if self.format.float8 and name == "scale" else 1  # rows that share one
+            lines[name] = tensor[first // each : -(-last // each)]
+        return Planes(self.encoding, last - first, self.cols, lines)
+
 
 CHUNK_VALUES = 1 << 24
 """Values repacked at a time; temporaries are a few times as many bytes."""

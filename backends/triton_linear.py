@@ -400,6 +400,9 @@ GEMM_TOKENS = 16
 decoded copy would be written and read again, 7 times the bytes of 4-bit weights. Beyond, a product over a decoded copy
 is bound by arithmetic soon, and torch's is better at that."""
 
+DECODED_BYTES = 256 << 20
+"""At most so much of a matrix is a decoded copy at a time. Only heads are more: DeepSeek-V3's is 1.9 GB in bf16."""
+
 PARTIAL_SUMS = 4 * 64 * 256
 """Most partial sums a token: 64 rows of four programs on each of 256 multiprocessors, more than any GPU has."""
 
@@ -494,6 +497,18 @@ def _few(x: Tensor, p: Planes, bias: Tensor | None, dtype: torch.dtype) -> Tenso
     return out
 
 
+def _many(x: Tensor, p: Planes, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Over a decoded copy, `x [tokens, cols]`."""
+    step = max(128, DECODED_BYTES // (p.cols * x.itemsize) // 128 * 128)
+    if step >= p.rows:
+        return plain_linear(x, dequantize(p, x.dtype), bias, dtype)
+    out = torch.empty(x.shape[0], p.rows, dtype=dtype, device=x.device)
+    for at in range(0, p.rows, step):
+        add = None if bias is None else bias[at : at + step]
+        out[:, at : at + step] = plain_linear(x, dequantize(p.part(at, step), x.dtype), add, dtype)
+    return out
+
+
 def shared(x: Tensor) -> Tensor | Vector:
     """`x [..., K]` for several calls of `linear`: what they all would make of it is made once."""
     flat = x.reshape(-1, x.shape[-1])
@@ -534,7 +549,7 @@ def linear(
     if tokens <= GEMM_TOKENS and x.itemsize == 2:  # float32 has no tensor cores of its own
         return _few(flat, weight, bias, dtype).view(shape)
     made = None if bias is None else bias.to(dtype)
-    return plain_linear(flat, dequantize(weight, x.dtype), made, dtype).view(shape)
+    return _many(flat, weight, made, dtype).view(shape)
 
 
 def gated(
@@ -612,12 +627,14 @@ def planes_bytes(region: Region) -> int:
 def products_bytes(region: Region, tokens: int, size: int) -> int:
     """Most bytes that the products with a region's matrices make, for `tokens` tokens of `size` bytes a value.
 
-    All results, and beside them the largest matrix as values, or the partial sums of few tokens.
+    All results, and beside them what is decoded of the largest matrix, with its part of the result if it is a part, or
+    the partial sums of few tokens.
     """
     matrices = [value_of(w) for w in region.weights.values() if value_of(w).dim() == 2]
     results = tokens * size * sum(int(m.shape[0]) for m in matrices)
     if tokens > GEMM_TOKENS:
-        return results + max((size * int(m.numel()) for m in matrices), default=0)
+        decoded = max((size * int(m.numel()) for m in matrices), default=0)
+        return results + (decoded if decoded <= DECODED_BYTES else DECODED_BYTES + results)
     partial = max((min(16 * int(m.shape[0]), PARTIAL_SUMS) for m in matrices), default=0)
     return results + 4 * tokens * partial
 

@@ -32,7 +32,7 @@ from ktcompile.pipeline import available as available_passes
 from ktcompile.plan import Plan, make_plan
 from ktcompile.runtime import Executable, Progress, Step, Store, check_one_layout, lower
 from ktcompile.sampling import Choices, Sampled, Sampling, sample
-from ktcompile.step_graph import StepGraph, StreamedStep
+from ktcompile.step_graph import Recordings, StepGraph, StreamedStep
 from ktcompile.step_parts import NotCapturable
 from ktcompile.symbols import PAGE
 from ktcompile.symbols import sizes as symbol_sizes
@@ -347,6 +347,7 @@ class _Forward:
         self.config, self.settings, self.phases, self.pool_devices = config, settings, phases, pool_devices
         self.graphs: dict[int, str] = {}  # tokens a step -> why it is not one CUDA graph, or ""
         self._recorded: WeakKeyDictionary[PagedCache, dict[bool, StepGraph]] = WeakKeyDictionary()  # by: it samples
+        self._recordings = Recordings()
         self._streamed: dict[Executable, StreamedStep] = {}
         self._unstreamable: dict[Executable, str] = {}  # why; a decode step's warning says it too
         self._caches: WeakSet[PagedCache] = WeakSet()
@@ -561,7 +562,8 @@ class _Forward:
                 shapes["choices"] = Choices.shape(count)
             executable = self.phases["decode" if count == 1 else "prefill"]
             main = self.settings.target.main.torch
-            made[samples] = StepGraph(executable, main, count, state, shapes, last=_sampled if samples else None)
+            last = _sampled if samples else None
+            made[samples] = StepGraph(executable, main, count, state, shapes, last=last, beside=self._recordings)
             self.graphs[count] = ""
         return made[samples]
 

@@ -10,6 +10,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from threading import get_ident
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -33,14 +34,35 @@ def handover() -> Handovers:
     raise NotCapturable("; ".join(lacking) or "no way of handing over to the CPU is installed")
 
 
+class Recordings:
+    """CUDA graphs that never run at the same time, by device.
+
+    What one leaves in its pool of memory others may use, except for tensors that are still held.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[torch.device, WeakSet[torch.cuda.CUDAGraph]] = {}
+
+    def add(self, device: torch.device, graph: torch.cuda.CUDAGraph) -> None:
+        self._graphs.setdefault(device, WeakSet()).add(graph)
+
+    def pool(self, device: torch.device) -> Any:
+        """For the next recording there: that of the others, if any is left. torch takes no pool that none uses."""
+        return next((graph.pool() for graph in self._graphs.get(device, ())), None)
+
+    def forget(self) -> None:
+        """Those to come have pools of their own."""
+        self._graphs.clear()
+
+
 class StepGraph:
     """An executable on inputs of fixed addresses. The first call runs it and, on a GPU, records it; others replay.
 
     Layers on several GPUs are a graph for each, replayed one after the other with copies between. `state`: inputs that
     stay where they are (page pools, the page table). `shapes`: the int64 inputs that change every step, by name; the
     caller gives them in one list a step. `last`: what the step ends with, also part of the graph: it is given the first
-    result and the changing inputs, its own result goes to the host. `first` is the first result itself, on its GPU,
-    until the next call.
+    result and the changing inputs, its own result goes to the host. `beside`: recordings of steps that never run while
+    this one does. They share a pool of memory on each GPU.
     """
 
     def __init__(
@@ -52,8 +74,10 @@ class StepGraph:
         shapes: Mapping[str, tuple[int, ...]],
         make: Handovers | None = None,
         last: Last | None = None,
+        beside: Recordings | None = None,
     ) -> None:
         self.main, self._last, self._state = main, last, state
+        self._beside = beside if beside is not None else Recordings()
         needs_cpu = any(isinstance(m, Step) and m.device.index is None for m in executable.gm.modules())
         self.gm, self.prepared = with_handovers(executable, main, tokens, make or (handover() if needs_cpu else _none))
         self.parts, self._result = parts_of(self.gm)
@@ -74,7 +98,6 @@ class StepGraph:
         self._moves: list[list[tuple[Tensor, Tensor]]] = []  # before each part's graph: to, from
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._out: Tensor | None = None
-        self.first: Tensor | None = None
 
     @property
     def recorded(self) -> bool:
@@ -141,13 +164,15 @@ class StepGraph:
             with torch.cuda.device(part.device):
                 wait_for(self._numbers)
                 # Other threads may ask for events meanwhile, as `counters` does.
-                mode = "thread_local"
-                with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode=mode):
+                mode, pool = "thread_local", self._beside.pool(part.device)
+                with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode=mode):
                     self._record(part, args)
-        except torch.OutOfMemoryError:
-            raise  # it may fit another time
-        except RuntimeError as error:
-            raise NotCapturable(f"CUDA refused to record it: {error}") from error
+        except BaseException as error:
+            self._beside.forget()  # nobody knows in what state its pool is
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):  # that may fit later
+                raise NotCapturable(f"CUDA refused to record it: {error}") from error
+            raise
+        self._beside.add(part.device, graph)
         return graph
 
     def _taken(self, part: Part) -> tuple[list[Any], list[tuple[Tensor, Tensor]]]:
@@ -175,10 +200,11 @@ class StepGraph:
     def _record(self, part: Part, args: list[Any]) -> None:
         if part is next(p for p in self.parts if p.device == part.device):
             self._numbers[part.device].copy_(self._host, non_blocking=True)
-        self._found |= zip(part.gives, part.gm(*args), strict=True)
-        if self._result not in part.gives:
+        given = dict(zip(part.gives, part.gm(*args), strict=True))
+        found = given.pop(self._result, None)
+        self._found |= given
+        if found is None:
             return
-        found = self.first = self._found[self._result]
         if self._last is not None:
             found = self._last(found, self._changing[part.device])
         if self._out is None:

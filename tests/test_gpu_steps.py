@@ -1,5 +1,6 @@
 """Steps on a real GPU that fail, are watched, or share it: nothing hangs, and the next step is right."""
 
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +105,21 @@ def test_it_is_asked_what_it_did_while_it_records(model: Any) -> None:
         watcher.join()
     assert {rows: model.graphs[rows] for rows in (4, 5, 6, 7)} == dict.fromkeys((4, 5, 6, 7), "")
     assert seen == sorted(seen) and model.work().gpu_s > 0
+
+
+def test_recorded_steps_share_memory(model: Any) -> None:
+    """What one leaves another uses; a pool that nobody uses any more is not asked for."""
+    caches = [model.new_cache(rows) for rows in (3, 1, 2)]
+    want = [soon(lambda cache=cache: said(model, cache, cache.requests, 8)) for cache in caches]  # type: ignore[misc]
+    held = model.step.__self__._recorded
+    assert len({graph.pool() for cache in caches for step in held[cache].values() for graph in step._graphs}) == 1
+    for cache in caches:
+        cache.clear()
+    assert [said(model, cache, cache.requests, 8) for cache in caches] == want
+    del held, cache
+    caches.clear()
+    gc.collect()
+    assert soon(lambda: said(model, model.new_cache(2), 2, 8)) == want[2]
 
 
 def test_two_models_take_turns(model: Any) -> None:

@@ -98,7 +98,7 @@ def test_programs_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(triton_dot, "_dot", Recorded())
     monkeypatch.setattr(triton_dot, "interpreted", lambda: False)
     monkeypatch.setattr(triton_dot, "tensor_cores", lambda device: "not here")
-    dot(Vector(torch.zeros(3, 64)), p)
+    dot(Vector(torch.zeros(3, 64, device=DEVICE)), p)
     assert grids == [(3 * 100544,)]
 
 

@@ -125,6 +125,27 @@ def test_a_result_of_more_bits(encoding: str, tokens: int) -> None:
 
 
 @HERE
+@pytest.mark.parametrize("encoding", ["q6_k", "q5_0", "fp8_block128"])
+def test_a_large_matrix_is_decoded_in_parts(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 300 rows 256, and then 44."""
+    p, _ = make(encoding, 300, 256)
+    x, bias = torch.randn(40, 256).to(DEVICE, torch.bfloat16), torch.randn(300).to(DEVICE, torch.bfloat16)
+    want = [kernels.linear(x, p, bias), kernels.linear(x, p, None, torch.float32)]
+    monkeypatch.setattr(kernels, "DECODED_BYTES", 300 * 256 * 2 - 1)
+    made: list[tuple[int, ...]] = []
+    whole = kernels.dequantize
+
+    def seen(*args: Any) -> Tensor:
+        made.append(tuple((values := whole(*args)).shape))
+        return values
+
+    monkeypatch.setattr(kernels, "dequantize", seen)
+    got = [kernels.linear(x, p, bias), kernels.linear(x, p, None, torch.float32)]
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
+    assert made == [(256, 256), (44, 256)] * 2
+
+
+@HERE
 @pytest.mark.parametrize("encoding", ["q4_k", "q6_k", "fp8_block128"])
 @pytest.mark.parametrize(
     "tiles", [VectorTiles(1, 2, 32), VectorTiles(4, 1, 64), VectorTiles(1, 1, 128), VectorTiles(2, 2, 64)], ids=str

@@ -499,9 +499,9 @@ def _few(x: Tensor, p: Planes, bias: Tensor | None, dtype: torch.dtype) -> Tenso
 
 def _many(x: Tensor, p: Planes, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Over a decoded copy, `x [tokens, cols]`."""
-    step = max(128, DECODED_BYTES // (p.cols * x.itemsize) // 128 * 128)
-    if step >= p.rows:
+    if p.rows * p.cols * x.itemsize <= DECODED_BYTES:
         return plain_linear(x, dequantize(p, x.dtype), bias, dtype)
+    step = max(128, DECODED_BYTES // (p.cols * x.itemsize) // 128 * 128)
     out = torch.empty(x.shape[0], p.rows, dtype=dtype, device=x.device)
     for at in range(0, p.rows, step):
         add = None if bias is None else bias[at : at + step]
@@ -628,15 +628,16 @@ def products_bytes(region: Region, tokens: int, size: int) -> int:
     """Most bytes that the products with a region's matrices make, for `tokens` tokens of `size` bytes a value.
 
     All results, and beside them what is decoded of the largest matrix, with its part of the result if it is a part, or
-    the partial sums of few tokens.
+    the partial sums of few tokens. Those in float32 have no kernel for few.
     """
     matrices = [value_of(w) for w in region.weights.values() if value_of(w).dim() == 2]
     results = tokens * size * sum(int(m.shape[0]) for m in matrices)
+    decoded = max((size * int(m.numel()) for m in matrices), default=0)
+    decoded = decoded if decoded <= DECODED_BYTES else DECODED_BYTES + results
     if tokens > GEMM_TOKENS:
-        decoded = max((size * int(m.numel()) for m in matrices), default=0)
-        return results + (decoded if decoded <= DECODED_BYTES else DECODED_BYTES + results)
-    partial = max((min(16 * int(m.shape[0]), PARTIAL_SUMS) for m in matrices), default=0)
-    return results + 4 * tokens * partial
+        return results + decoded
+    partial = 4 * tokens * max((min(16 * int(m.shape[0]), PARTIAL_SUMS) for m in matrices), default=0)
+    return results + (partial if tokens == 1 or size == 2 else max(partial, decoded))
 
 
 def pack_planes(parts: Parts, region: Region, target: Target) -> Packed:

@@ -194,6 +194,14 @@ def graph_number() -> int:
     return 1 + max(held, (attempt.frame_compile_id or 0) - spare)
 
 
+def forget_workspaces() -> None:
+    """Have cuBLAS ask for memory to work with anew, of each stream, with the next product there.
+
+    torch/_inductor/cudagraph_trees.py does so before and after it records a CUDA graph. Seen in torch 2.13.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+
+
 # ------------------------------------------------------------------------------------- models without weights
 
 

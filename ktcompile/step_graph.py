@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from ktcompile.capture import forget_workspaces
 from ktcompile.kernel import Prepared
 from ktcompile.runtime import Executable, Step
 from ktcompile.step_parts import Handover, Handovers, NotCapturable, Part, parts_of, with_handovers
@@ -46,13 +47,13 @@ class Recordings:
     def add(self, device: torch.device, graph: torch.cuda.CUDAGraph) -> None:
         self._graphs.setdefault(device, WeakSet()).add(graph)
 
-    def pool(self, device: torch.device) -> Any:
-        """For the next recording there: that of the others, if any is left. torch takes no pool that none uses."""
-        return next((graph.pool() for graph in self._graphs.get(device, ())), None)
+    def any(self, device: torch.device) -> torch.cuda.CUDAGraph | None:
+        """One whose pool the next recording there shall use: torch takes no pool whose graphs are all gone."""
+        return next(iter(self._graphs.get(device, ())), None)
 
-    def forget(self) -> None:
-        """Those to come have pools of their own."""
-        self._graphs.clear()
+    def forget(self, device: torch.device) -> None:
+        """Those to come there have a pool of their own."""
+        self._graphs.pop(device, None)
 
 
 class StepGraph:
@@ -159,17 +160,20 @@ class StepGraph:
         self._graphs = graphs
 
     def _captured(self, part: Part, args: list[Any]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+        graph, other = torch.cuda.CUDAGraph(), self._beside.any(part.device)
+        pool = None if other is None else other.pool()
         try:
             with torch.cuda.device(part.device):
                 wait_for(self._numbers)
                 # Other threads may ask for events meanwhile, as `counters` does.
-                mode, pool = "thread_local", self._beside.pool(part.device)
-                with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode=mode):
+                mode, stream = "thread_local", torch.cuda.current_stream()
+                with _workspaces_inside(), torch.cuda.graph(graph, pool, stream, capture_error_mode=mode):
                     self._record(part, args)
+        except torch.OutOfMemoryError:
+            raise  # it may fit another time
         except BaseException as error:
-            self._beside.forget()  # nobody knows in what state its pool is
-            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):  # that may fit later
+            self._beside.forget(part.device)  # nobody knows in what state the pool is
+            if isinstance(error, RuntimeError):
                 raise NotCapturable(f"CUDA refused to record it: {error}") from error
             raise
         self._beside.add(part.device, graph)
@@ -222,6 +226,20 @@ def wait_for(devices: Iterable[torch.device]) -> None:
     """For the current stream of each."""
     for device in devices:
         torch.cuda.current_stream(device).synchronize()
+
+
+@contextmanager
+def _workspaces_inside() -> Iterator[None]:
+    """What cuBLAS works with is made anew inside, in the pool of what is recorded, and forgotten after.
+
+    Else it is outside of all pools, graphs of one stream share it, and from pull request 175276 of pytorch on the first
+    of them that ends lets go of it (issue 193402).
+    """
+    forget_workspaces()
+    try:
+        yield
+    finally:
+        forget_workspaces()
 
 
 @cache

@@ -11,7 +11,7 @@ from test_triton_mla import DEVICE
 from torch import Tensor
 
 from ktcompile import CapacityError, load
-from ktcompile.sampling import Sampling
+from ktcompile.sampling import Sampling, sample
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU")
 GREEDY = Sampling(0.0)
@@ -71,6 +71,27 @@ def test_no_memory_while_a_step_is_recorded(model: Any, monkeypatch: pytest.Monk
     assert soon(lambda: said(model, cache, 2, 8)) == want
 
 
+def test_no_memory_left_for_the_recording_itself(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first run was well; a step that was recorded before goes on."""
+    earlier = model.new_cache(2)
+    want = soon(lambda: said(model, earlier, 2, 8))
+    whole = sample
+
+    def full(*args: Any) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB.")
+        return whole(*args)
+
+    cache = model.new_cache(3)
+    with monkeypatch.context() as patched:
+        patched.setattr("ktcompile.model.sample", full)
+        with pytest.raises(CapacityError, match=r"out of memory for 1\.50 GiB more"):
+            soon(lambda: said(model, cache, 3, 1))
+    earlier.clear()
+    assert soon(lambda: said(model, earlier, 2, 8)) == want
+    assert soon(lambda: said(model, cache, 3, 8))[:2] == want
+
+
 def test_another_error_while_a_step_is_recorded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     want = soon(lambda: said(model, model.new_cache(3), 3, 8))
 
@@ -120,6 +141,24 @@ def test_recorded_steps_share_memory(model: Any) -> None:
     caches.clear()
     gc.collect()
     assert soon(lambda: said(model, model.new_cache(2), 2, 8)) == want[2]
+
+
+def test_a_recorded_step_outlives_others(model: Any) -> None:
+    """What cuBLAS worked with while it was recorded is still its own, whatever else was let go and given away."""
+    cache = model.new_cache(2)
+
+    def both() -> list[list[int]]:
+        found = said(model, cache, 2, 8)
+        said(model, model.new_cache(3), 3, 8)  # on the same stream, and let go
+        return found
+
+    want = soon(both)
+    gc.collect()
+    torch.cuda.empty_cache()
+    taken = [torch.ones(size << 18, device=DEVICE) for size in (1, 2, 4, 8, 16, 32, 64) * 4]  # of MiB
+    cache.clear()
+    assert soon(lambda: said(model, cache, 2, 8)) == want
+    assert all(bool((held == 1).all()) for held in taken)
 
 
 def test_two_models_take_turns(model: Any) -> None:

@@ -3,8 +3,13 @@
 Without a GPU the same graph runs eagerly: Triton's kernels interpreted, flags polled by this thread.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +22,7 @@ from ktcompile.backends.handover import Flags, HostFunctions
 from ktcompile.errors import KtransError
 from ktcompile.model import _sampled, load
 from ktcompile.sampling import Choices, Sampled, Sampling, sample
-from ktcompile.step_graph import StepGraph, StreamedStep, handover
+from ktcompile.step_graph import Recordings, StepGraph, StreamedStep, handover
 from ktcompile.step_parts import NotCapturable, with_handovers
 
 MAIN = torch.device("cpu:1")
@@ -138,6 +143,64 @@ def test_every_region_on_the_cpu_is_two_points(model: Any) -> None:
     assert not any("copy_to" in str(n.target) for n in graph.gm.graph.nodes)
     graph.close()
     assert graph.prepared == []
+
+
+class Recorded:
+    """A CUDA graph without a GPU, with a pool of its own or another's."""
+
+    def __init__(self) -> None:
+        self.own: Any = object()
+
+    def pool(self) -> Any:
+        return self.own
+
+
+def test_recordings_share_a_pool(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which that of cuBLAS is in; a recording that failed leaves its pool in no state that is known."""
+    did: list[Any] = []
+
+    @contextmanager
+    def recording(graph: Recorded, pool: Any, *_: Any, **__: Any) -> Iterator[None]:
+        did.append(pool)
+        graph.own = pool or graph.own
+        yield
+        did.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr("ktcompile.step_graph.forget_workspaces", lambda: did.append("clear"))
+
+    beside = Recordings()
+
+    def recorded(error: type[BaseException] | None = None) -> tuple[Any, list[Any]]:
+        step = graph_of(model, model.new_cache(1), beside=beside)
+        monkeypatch.setattr(step, "_record", Mock(side_effect=error("no") if error else None))
+        start = len(did)
+        try:
+            return step._captured(step.parts[0], []), did[start:]
+        finally:
+            step.close()
+
+    first, events = recorded()
+    assert events == ["clear", None, "end", "clear"]
+    second, events = recorded()
+    assert events == ["clear", first.pool(), "end", "clear"] and second.pool() is first.pool()
+    with pytest.raises(torch.OutOfMemoryError):
+        recorded(torch.OutOfMemoryError)
+    assert did[-1] == "clear" and recorded()[0].pool() is first.pool(), "it may fit another time"
+    with pytest.raises(NotCapturable, match="CUDA refused to record it: no"):
+        recorded(RuntimeError)
+    third, events = recorded()
+    assert events[1] is None
+    with pytest.raises(KeyboardInterrupt):
+        recorded(KeyboardInterrupt)
+    fourth, events = recorded()
+    assert events[1] is None and fourth.pool() not in (first.pool(), third.pool())
+    del fourth
+    gc.collect()
+    assert recorded()[1][1] is None, "a pool that nobody uses is not asked for"
 
 
 def test_a_step_can_end_with_the_choice_of_tokens(model: Any) -> None:

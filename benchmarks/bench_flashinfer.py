@@ -23,8 +23,10 @@ from ktcompile.symbols import PAGE
 
 HEADS, LORA, ROPE = 128, 512, 64
 SCALE = (128 + ROPE) ** -0.5
-SINGLE, BATCHES = ((1, 1024), (1, 8192), (1, 32768)), ((4, 8192), (8, 8192), (16, 8192))
-DECODE = (*SINGLE, *BATCHES, (32, 1024), (32, 8192), (32, 32768), (32, 65536))  # requests, context
+DECODE = (  # requests, context
+    *((1, 1024), (1, 8192), (1, 32768), (4, 8192), (8, 8192), (16, 8192)),
+    *((32, 1024), (32, 8192), (32, 32768), (32, 65536)),
+)
 PREFILL = ((512, 0), (512, 8192), (2048, 8192))  # tokens of one request, after how many
 
 
